@@ -1,0 +1,28 @@
+"""The ``bdlora`` command. Each subcommand parses, calls the library and renders; what it does stands in the library."""
+
+import sys
+
+import typer
+
+from bdlora_sglang.errors import BDLoRAError
+
+app = typer.Typer(
+    name="bdlora",
+    help="BD-LoRA: LoRA serving under tensor parallelism without communication, on SGLang.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+def main() -> None:
+    """Run the command line; an error that the user can mend becomes its message and exit code 1."""
+    try:
+        app()
+    except BDLoRAError as error:
+        typer.secho(f"bdlora: {error}", fg=typer.colors.RED, err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
