@@ -56,7 +56,7 @@ ARCHITECTURES = tuple(_ARCHITECTURES)
 # two largest are too close for greedy decoding to be the same in two engines that round differently.
 _LOGIT_STD = 3.0
 _RESIDUAL_GAIN = 3.0
-_TIED_RESIDUAL_GAIN = 24.0
+_TIED_RESIDUAL_GAIN = 48.0
 _BIAS_STD = 0.2
 _NORM_STD = 0.1
 
