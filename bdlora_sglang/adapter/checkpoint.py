@@ -14,6 +14,10 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 # Files that hold weights as pickles. They run code when they are loaded, so they are refused and never opened.
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 
+# Pages that were read stay resident until the file is unmapped. A fresh map after this many bytes bounds the memory that
+# reading a whole adapter takes, at the price of parsing the header again.
+_REMAP_BYTES = 64 << 20
+
 _SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -48,11 +52,16 @@ class SafetensorsCheckpoint:
                     str(path.parent / pickles[0]), "adapter weights", "a pickle", f"{WEIGHTS_NAME}: pickles are refused"
                 )
             raise AdapterError(self.source, "adapter weights", "no such file", "a safetensors file")
+        self._slices: dict[str, Any] = {}
+        self._map()
+
+    def _map(self) -> None:
         try:
-            self._file: Any = safe_open(path, framework="pt")
+            file: Any = safe_open(self.source, framework="pt")
         except (SafetensorError, OSError) as error:
             raise AdapterError(self.source, "adapter weights", str(error), "a whole safetensors file") from error
-        self._slices = {name: self._file.get_slice(name) for name in self._file.keys()}
+        self._slices = {name: file.get_slice(name) for name in file.keys()}
+        self._mapped_at = self.bytes_read
 
     def names(self) -> Iterable[str]:
         return self._slices.keys()
@@ -72,7 +81,11 @@ class SafetensorsCheckpoint:
         except (SafetensorError, OSError) as error:
             raise AdapterError(self.source, f"tensor '{name}'", str(error), "readable data") from error
         # A clone, because the view keeps the whole file mapped.
-        return _checked(self, name, view.clone(memory_format=torch.contiguous_format))
+        tensor = view.clone(memory_format=torch.contiguous_format)
+        del view
+        if self.bytes_read - self._mapped_at > _REMAP_BYTES:
+            self._map()
+        return _checked(self, name, tensor)
 
 
 class TensorCheckpoint:

@@ -13,6 +13,7 @@ import torch
 
 from bdlora_sglang.adapter.adapter import Adapter, LoRAModule
 from bdlora_sglang.adapter.config import BlockSide
+from bdlora_sglang.errors import AdapterError
 
 
 @dataclass(frozen=True)
@@ -107,10 +108,23 @@ def _meeting_blocks(module: LoRAModule, shard: ModuleShard) -> Iterator[LoRASlic
 
 
 def read_slice(adapter: Adapter, part: LoRASlice, dtype: torch.dtype) -> SliceFactors:
-    """Read the slice's factors, and nothing else of the adapter; raises `AdapterError` on NaN and infinity."""
-    a = adapter.checkpoint.read(part.tensor_a, part.a_rows, part.a_columns)
-    b = adapter.checkpoint.read(part.tensor_b, part.b_rows, part.b_columns)
-    return SliceFactors(a.to(dtype), b.to(dtype), part.input_start, part.output_start, part.scaling)
+    """Read the slice's factors as ``dtype``, and nothing else of the adapter.
+
+    Raises:
+        AdapterError: NaN or infinity, also when a value is too large for ``dtype``.
+    """
+    a = _read(adapter, part.tensor_a, part.a_rows, part.a_columns, dtype)
+    b = _read(adapter, part.tensor_b, part.b_rows, part.b_columns, dtype)
+    return SliceFactors(a, b, part.input_start, part.output_start, part.scaling)
+
+
+def _read(adapter: Adapter, name: str, rows: range, columns: range, dtype: torch.dtype) -> torch.Tensor:
+    stored = adapter.checkpoint.read(name, rows, columns)
+    tensor = stored.to(dtype)
+    if stored.dtype != dtype and not torch.isfinite(tensor).all():
+        largest = stored.abs().max().item()
+        raise AdapterError(adapter.checkpoint.source, f"tensor '{name}'", f"a value of {largest}", f"the range of {dtype}")
+    return tensor
 
 
 def column_shard(module: LoRAModule, tp_size: int, tp_rank: int) -> ModuleShard:

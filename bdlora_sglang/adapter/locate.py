@@ -1,0 +1,82 @@
+"""From what a user writes (a folder, ``name=path``, a Hugging Face repo id) to named adapter folders."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from bdlora_sglang.adapter.checkpoint import WEIGHTS_NAME
+from bdlora_sglang.adapter.config import CONFIG_NAME
+from bdlora_sglang.errors import BDLoRAError
+
+_REPO_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+
+
+@dataclass(frozen=True)
+class NamedAdapter:
+    """An adapter as requests call it, and where it is: a folder or a Hugging Face repo id."""
+
+    name: str
+    path: str
+
+
+def find_adapters(specs: Iterable[str]) -> list[NamedAdapter]:
+    """Resolve what ``--adapters`` was given.
+
+    Each spec is a folder with one adapter a subfolder, a single adapter folder, ``name=path``, or a repo id, whose last
+    part becomes the name.
+
+    Raises:
+        BDLoRAError: nothing there, a name given twice, or a name that cannot be one.
+    """
+    adapters: dict[str, NamedAdapter] = {}
+    for spec in specs:
+        for adapter in _expand(spec):
+            check_adapter_name(adapter.name)
+            if adapter.name in adapters:
+                raise BDLoRAError(
+                    f"--adapters {spec}: adapter name '{adapter.name}': found it for '{adapters[adapter.name].path}' and "
+                    f"'{adapter.path}', expected names that differ (rename one with name=path)"
+                )
+            adapters[adapter.name] = adapter
+    return list(adapters.values())
+
+
+def _expand(spec: str) -> list[NamedAdapter]:
+    folder = Path(spec)
+    if folder.is_dir():
+        if (folder / CONFIG_NAME).is_file():
+            return [NamedAdapter(folder.resolve().name, spec)]
+        inner = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+        if not inner:
+            raise BDLoRAError(f"--adapters {spec}: found no {CONFIG_NAME} and no subfolders, expected PEFT adapters")
+        return [NamedAdapter(path.name, str(path)) for path in inner]
+    name, separator, path = spec.partition("=")
+    if separator:
+        return [NamedAdapter(name, path)]
+    if _REPO_ID.match(spec):
+        return [NamedAdapter(spec.rpartition("/")[2], spec)]
+    raise BDLoRAError(f"--adapters {spec}: found no such folder, expected a folder, name=path or a Hugging Face repo id")
+
+
+def check_adapter_name(name: object) -> None:
+    """Raise `BDLoRAError` unless ``name`` can name an adapter in SGLang's API."""
+    if not isinstance(name, str) or not name or name in {".", ".."} or re.search(r"[/\\=\s\x00-\x1f]", name):
+        raise BDLoRAError(
+            f"adapter name: found {name!r}, expected a name without path separators, '=' and white space"
+        )
+
+
+def adapter_folder(path: str) -> Path:
+    """The local folder of an adapter; a repo id is downloaded (config and safetensors alone) or taken from the cache."""
+    folder = Path(path)
+    if folder.exists() or not _REPO_ID.match(path):
+        return folder
+    try:
+        return Path(snapshot_download(path, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME, "added_tokens.json"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BDLoRAError(f"adapter '{path}': found no such folder and no such repo ({reason}), expected one") from error

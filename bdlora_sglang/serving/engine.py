@@ -1,0 +1,60 @@
+"""SGLang's ``Engine`` and server, with our scheduler process."""
+
+from functools import partial
+from typing import Any
+
+import sglang
+from sglang.srt.entrypoints.engine import Engine as SGLangEngine
+from sglang.srt.entrypoints.http_server import launch_server as sglang_launch_server
+from sglang.srt.server_args import ServerArgs
+
+from bdlora_sglang.errors import BDLoRAError
+from bdlora_sglang.serving.hardware import cpu_defaults, gpu_defaults, has_accelerator, use_cpu_platform
+from bdlora_sglang.serving.options import ServingOptions
+from bdlora_sglang.serving.process import run_scheduler_process
+
+TESTED_SGLANG = ("0.5.23",)
+
+
+class Engine(SGLangEngine):
+    """``sglang.Engine`` with BD-LoRA inside; takes the same arguments.
+
+    Args:
+        max_local_rank: see `ServingOptions`.
+        allow_untested_sglang: go on with an SGLang version that this package was not tested with.
+
+    Raises:
+        BDLoRAError: an SGLang version that was not tested.
+    """
+
+    def __init__(
+        self, *, max_local_rank: int | None = None, allow_untested_sglang: bool = False, **kwargs: Any
+    ) -> None:
+        check_sglang_version(allow_untested_sglang)
+        if "server_args" not in kwargs:
+            kwargs = {**platform_defaults(kwargs.get("tp_size", 1), kwargs.get("dp_size", 1)), **kwargs}
+        # An attribute that SGLang provides for private forks of its processes.
+        self.run_scheduler_process_func = partial(run_scheduler_process, options=ServingOptions(max_local_rank))
+        super().__init__(**kwargs)
+
+
+def launch_server(server_args: ServerArgs, options: ServingOptions) -> None:
+    """Run SGLang's HTTP server with BD-LoRA inside until it is stopped."""
+    sglang_launch_server(server_args, run_scheduler_process_func=partial(run_scheduler_process, options=options))
+
+
+def check_sglang_version(allow_untested: bool) -> None:
+    """Raise `BDLoRAError` for an SGLang that was not tested, unless the user says to go on."""
+    if sglang.__version__ not in TESTED_SGLANG and not allow_untested:
+        raise BDLoRAError(
+            f"SGLang: found version {sglang.__version__}, expected {' or '.join(TESTED_SGLANG)}, which BD-LoRA was tested "
+            "with; go on at your own risk with --allow-untested-sglang (Engine: allow_untested_sglang=True)"
+        )
+
+
+def platform_defaults(tp_size: int, dp_size: int) -> dict[str, object]:
+    """Server arguments that this machine asks for where the user gives none; chooses the CPU platform without a GPU."""
+    if has_accelerator():
+        return gpu_defaults()
+    use_cpu_platform(tp_size * dp_size)
+    return cpu_defaults()

@@ -1,0 +1,47 @@
+"""Settings that follow from the machine: a GPU, or the CPU platform where there is none."""
+
+import os
+
+import torch
+
+from bdlora_sglang.serving.platform import PLATFORM_NAME
+
+
+def has_accelerator() -> bool:
+    """Whether SGLang would find a device other than the CPU, or the user chose a platform by hand."""
+    chosen = os.environ.get("SGLANG_PLATFORM")
+    if chosen is not None and chosen != PLATFORM_NAME:
+        return True
+    return chosen is None and torch.accelerator.is_available()
+
+
+def use_cpu_platform(num_ranks: int) -> None:
+    """Choose the CPU platform for this process and its children, and give each rank its cores."""
+    os.environ["SGLANG_PLATFORM"] = PLATFORM_NAME
+    os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", bind_cores(sorted(os.sched_getaffinity(0)), num_ranks))
+
+
+def bind_cores(cores: list[int], num_ranks: int) -> str:
+    """SGLang's ``SGLANG_CPU_OMP_THREADS_BIND``: cores of rank 0 | cores of rank 1 | ...; ranks share when there are few."""
+    share = max(1, len(cores) // num_ranks)
+    groups = ([cores[(rank * share + i) % len(cores)] for i in range(share)] for rank in range(num_ranks))
+    return "|".join(",".join(map(str, group)) for group in groups)
+
+
+def cpu_defaults() -> dict[str, object]:
+    """SGLang server arguments for the CPU platform, by their names in ``ServerArgs``."""
+    return {
+        "device": "cpu",
+        "attention_backend": "torch_native",
+        "sampling_backend": "pytorch",
+        "grammar_backend": "none",
+        "disable_cuda_graph": True,
+        # SGLang would size the KV cache by the whole memory of the machine, on every rank.
+        "mem_fraction_static": 0.2,
+        "max_total_tokens": 16384,
+    }
+
+
+def gpu_defaults() -> dict[str, object]:
+    """SGLang server arguments for a GPU."""
+    return {"disable_cuda_graph": True}

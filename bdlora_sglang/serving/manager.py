@@ -1,0 +1,213 @@
+"""The LoRA manager: loads adapters, checks them against the base model, and sizes the pool."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from sglang.srt.lora.layers import BaseLayerWithLoRA
+from sglang.srt.lora.lora_config import LoRAConfig
+from sglang.srt.lora.lora_manager import LoRAManager
+from sglang.srt.lora.lora_registry import LoRARef
+from sglang.srt.lora.utils import auto_detect_lora_target_modules, get_normalized_target_modules
+from sglang.srt.managers.io_struct import LoRAUpdateOutput
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.runtime_context import get_parallel
+from sglang.srt.utils import is_pin_memory_available
+
+from bdlora_sglang.adapter import Adapter
+from bdlora_sglang.adapter.locate import adapter_folder, check_adapter_name
+from bdlora_sglang.errors import BDLoRAError
+from bdlora_sglang.serving.backend import BACKEND_NAME, NO_SLOT
+from bdlora_sglang.serving.layers import served_modules, wrap_layer
+from bdlora_sglang.serving.local_adapter import LocalAdapter, load_local_adapter
+from bdlora_sglang.serving.options import ServingOptions
+from bdlora_sglang.serving.pool import (
+    BDLoRAMemoryPool,
+    SlotSize,
+    slot_sizes_for_adapters,
+    slot_sizes_for_rank,
+)
+
+_UNSUPPORTED_TARGETS = {"embed_tokens", "lm_head"}
+
+
+class BDLoRAManager(LoRAManager):
+    """SGLang's manager with BD-LoRA's layers, pool and adapters.
+
+    ``loras`` maps SGLang's adapter ids to `LocalAdapter`; ``base_model`` and the other arguments are SGLang's.
+    """
+
+    def __init__(self, *args: Any, options: ServingOptions, **kwargs: Any) -> None:
+        self.options = options
+        self.loras: dict[str, LocalAdapter]
+        super().__init__(*args, lora_backend=BACKEND_NAME, **kwargs)
+
+    # --- loading -----------------------------------------------------------------------------------------------------
+
+    def init_lora_adapters(self, lora_paths: list[LoRARef] | None = None) -> None:
+        self.served = served_modules(self.base_model, self.base_hf_config)
+        super().init_lora_adapters(lora_paths)
+
+    def _load_lora_adapter(self, lora_ref: LoRARef) -> LoRAUpdateOutput:
+        def open_adapter() -> tuple[Adapter, LoRAConfig]:
+            folder = adapter_folder(lora_ref.lora_path)
+            adapter = Adapter.open(folder)
+            return adapter, self._sglang_config(adapter, _read_added_tokens(folder))
+
+        return self._load(lora_ref, open_adapter)
+
+    def _load_lora_adapter_from_tensors(
+        self,
+        lora_ref: LoRARef,
+        tensors: Mapping[str, torch.Tensor],
+        config_dict: Mapping[str, object],
+        added_tokens_config: Mapping[str, int] | None = None,
+    ) -> LoRAUpdateOutput:
+        def open_adapter() -> tuple[Adapter, LoRAConfig]:
+            adapter = Adapter.from_tensors(tensors, config_dict, f"adapter '{lora_ref.lora_name}'")
+            return adapter, self._sglang_config(adapter, added_tokens_config)
+
+        return self._load(lora_ref, open_adapter)
+
+    def _load(self, ref: LoRARef, open_adapter: Callable[[], tuple[Adapter, LoRAConfig]]) -> LoRAUpdateOutput:
+        """Register an adapter on this rank, or leave everything as it was and report why."""
+        try:
+            check_adapter_name(ref.lora_name)
+            adapter, config = open_adapter()
+            self.validate_new_adapter(config, ref)
+            local = self._load_local(ref, adapter)
+        # Whatever went wrong on this rank, memory included, the other ranks must hear of it: see agreement.py.
+        except Exception as error:
+            return self.create_lora_update_result(success=False, error_message=str(error) or repr(error))
+        self.configs[ref.lora_id] = config
+        self.loras[ref.lora_id] = local
+        self.lora_refs[ref.lora_id] = ref
+        self.num_pinned_loras += int(bool(ref.pinned))
+        return self.create_lora_update_result(success=True)
+
+    def _load_local(self, ref: LoRARef, adapter: Adapter) -> LocalAdapter:
+        limit = getattr(self, "max_lora_rank", None)
+        if limit is not None and self._rank_is_given and adapter.max_rank > limit:
+            raise BDLoRAError(
+                f"{adapter.config.source}: rank: found {adapter.max_rank}, expected at most --max-lora-rank = {limit}"
+            )
+        pin_memory = self.device.type != "cpu" and is_pin_memory_available()
+        local = load_local_adapter(ref.lora_name, adapter, self.served, self.dtype, pin_memory)
+        if hasattr(self, "memory_pool"):
+            self.memory_pool.check_fits(local)
+        return local
+
+    def _sglang_config(self, adapter: Adapter, added_tokens: Mapping[str, int] | None) -> LoRAConfig:
+        fields = {"target_modules": adapter.config.target_modules, **adapter.config.raw}
+        return LoRAConfig.from_dict(fields, added_tokens, base_vocab_size=self.base_hf_config.vocab_size)
+
+    # --- start ---------------------------------------------------------------------------------------------------------
+
+    def init_state(
+        self,
+        max_lora_rank: int | None = None,
+        target_modules: Iterable[str] | None = None,
+        lora_paths: list[LoRARef] | None = None,
+    ) -> None:
+        # Known before the first adapter is loaded, so that each is held to the limit.
+        self.max_lora_rank = max_lora_rank
+        self._rank_is_given = max_lora_rank is not None
+        super().init_state(max_lora_rank, target_modules, lora_paths)
+
+    def init_lora_shapes(self, max_lora_rank: int | None = None, target_modules: Iterable[str] | None = None) -> None:
+        """Work out the target modules (SGLang's layer names) and the largest rank where they were not given."""
+        adapted = {name.rpartition(".")[2] for lora in self.loras.values() for name in lora.targets}
+        if target_modules is None:
+            self.target_modules = adapted
+        elif set(target_modules) == {"all"}:
+            self.target_modules = auto_detect_lora_target_modules(self.base_model) - _UNSUPPORTED_TARGETS
+        else:
+            self.target_modules = get_normalized_target_modules(target_modules)
+        self._check_target_modules(adapted)
+        self.max_lora_rank = max_lora_rank or max((lora.rank for lora in self.loras.values()), default=0)
+        self.lora_added_tokens_size = 0
+
+    def _check_target_modules(self, adapted: set[str]) -> None:
+        unsupported = self.target_modules & _UNSUPPORTED_TARGETS
+        if unsupported:
+            raise BDLoRAError(
+                f"--lora-target-modules: found {', '.join(sorted(unsupported))}, expected linear layers of the decoder "
+                "blocks: LoRA on embeddings and the output head is not supported"
+            )
+        if not adapted <= self.target_modules:
+            raise BDLoRAError(
+                f"--lora-target-modules: found {', '.join(sorted(self.target_modules))}, expected also "
+                f"{', '.join(sorted(adapted - self.target_modules))}, which the given adapters target"
+            )
+
+    def _detect_shared_outer_loras(self) -> bool:
+        return False  # a format of MoE experts, which are not served
+
+    def set_lora_module(self, module_name: str, module: torch.nn.Module, **_options: object) -> BaseLayerWithLoRA:
+        wrapped = wrap_layer(module_name, module, self.lora_backend)
+        parent, _, leaf = module_name.rpartition(".")
+        setattr(self.base_model.get_submodule(parent), leaf, wrapped)
+        return wrapped
+
+    def init_memory_pool(self) -> None:
+        self.memory_pool = BDLoRAMemoryPool(
+            slot_sizes=self._slot_sizes(),
+            device=self.device,
+            base_hf_config=self.base_hf_config,
+            max_loras_per_batch=self.max_loras_per_batch,
+            dtype=self.dtype,
+            max_lora_rank=self.max_lora_rank,
+            target_modules=self.target_modules,
+            base_model=self.base_model,
+            eviction_policy=self.eviction_policy,
+            lora_added_tokens_size=self.lora_added_tokens_size,
+            enable_lora_overlap_loading=self.enable_lora_overlap_loading,
+        )
+        for lora in self.loras.values():
+            self.memory_pool.check_fits(lora)
+        self.fetch_new_loras({None})
+
+    def _slot_sizes(self) -> dict[str, SlotSize]:
+        """By the limit on the local rank where there is one, else just large enough for the adapters given at start."""
+        layers = {name: module.base_layer for by_name in self.lora_modules for name, module in by_name.items()}
+        limit = self.options.max_local_rank or (self.max_lora_rank if self._rank_is_given else None)
+        if limit is not None:
+            return slot_sizes_for_rank(layers, limit)
+        own = slot_sizes_for_adapters(layers, self.loras.values())
+        # Shards can be uneven; the same slots on every rank make an adapter that fits on one fit on all.
+        sizes: list[dict[str, SlotSize]] = get_parallel().tp_group.all_gather_object(own)
+        return {name: _largest(rank_sizes[name] for rank_sizes in sizes) for name in own}
+
+    def update_lora_info(self) -> None:
+        for by_name in self.lora_modules:
+            for name, module in by_name.items():
+                module.set_lora_info(self.memory_pool.factors[name])
+
+    # --- batches -------------------------------------------------------------------------------------------------------
+
+    def prepare_lora_batch(self, forward_batch: ForwardBatch) -> None:
+        slots = [
+            NO_SLOT if lora_id is None else self.memory_pool.get_buffer_id(lora_id)
+            for lora_id in forward_batch.lora_ids
+        ]
+        self.lora_backend.prepare(forward_batch, slots)
+
+
+def _largest(sizes: Iterable[SlotSize]) -> SlotSize:
+    largest = SlotSize(0, 0)
+    for size in sizes:
+        largest = largest.max(size)
+    return largest
+
+
+def _read_added_tokens(folder: Path) -> Mapping[str, int] | None:
+    """Tokens that the adapter adds to the vocabulary; SGLang refuses those that the base model does not have."""
+    path = folder / "added_tokens.json"
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BDLoRAError(f"{path}: found {error}, expected a JSON object of token ids") from error

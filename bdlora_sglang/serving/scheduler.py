@@ -1,0 +1,120 @@
+"""The way from SGLang's scheduler down to our LoRA manager, one small override a class, and the proof that it is in use."""
+
+from typing import Any
+
+from sglang.srt.lora.lora_registry import LoRARef
+from sglang.srt.managers.io_struct import (
+    LoadLoRAAdapterFromTensorsReqInput,
+    LoadLoRAAdapterReqInput,
+    LoRAUpdateOutput,
+)
+from sglang.srt.managers.scheduler import Scheduler
+from sglang.srt.managers.tp_worker import TpModelWorker
+from sglang.srt.model_executor.model_runner import ModelRunner
+from sglang.srt.runtime_context import get_device, get_lora, get_parallel, get_schedule
+
+from bdlora_sglang.errors import BDLoRAError
+from bdlora_sglang.serving.agreement import load_together
+from bdlora_sglang.serving.backend import BDLoRABackend
+from bdlora_sglang.serving.layers import ColumnParallelLinearWithBDLoRA, RowParallelLinearWithBDLoRA
+from bdlora_sglang.serving.manager import BDLoRAManager
+from bdlora_sglang.serving.options import ServingOptions
+from bdlora_sglang.serving.pool import BDLoRAMemoryPool
+
+
+class BDLoRAModelRunner(ModelRunner):
+    """Builds `BDLoRAManager`."""
+
+    def __init__(self, *args: Any, options: ServingOptions, **kwargs: Any) -> None:
+        self.options = options
+        super().__init__(*args, **kwargs)
+
+    def init_lora_manager(self) -> None:
+        self.lora_manager = BDLoRAManager(
+            base_model=self.model,
+            base_hf_config=self.model_config.hf_config,
+            max_loras_per_batch=get_lora().max_loras_per_batch,
+            load_config=self.load_config,
+            dtype=self.dtype,
+            server_args=self.server_args,
+            max_lora_rank=get_lora().max_lora_rank,
+            target_modules=get_lora().lora_target_modules,
+            lora_paths=get_lora().lora_paths,
+            options=self.options,
+        )
+
+
+class BDLoRATpWorker(TpModelWorker):
+    """Builds `BDLoRAModelRunner`, and loads adapters on all ranks together."""
+
+    def __init__(self, *args: Any, options: ServingOptions, **kwargs: Any) -> None:
+        self.options = options
+        super().__init__(*args, **kwargs)
+
+    def _init_model_runner(self) -> None:
+        self._model_runner = BDLoRAModelRunner(
+            model_config=self.model_config,
+            mem_fraction_static=get_schedule().mem_fraction_static,
+            gpu_id=self.gpu_id,
+            nccl_port=self.nccl_port,
+            server_args=self.server_args,
+            is_draft_worker=self.is_draft_worker,
+            req_to_token_pool=self.req_to_token_pool,
+            token_to_kv_pool_allocator=self.token_to_kv_pool_allocator,
+            memory_pool_config=self.memory_pool_config,
+            draft_attention_backend=self.draft_attention_backend,
+            load_group=self.load_group,
+            options=self.options,
+        )
+
+    def load_lora_adapter(self, recv_req: LoadLoRAAdapterReqInput) -> LoRAUpdateOutput:
+        return self._load_together(lambda: super(BDLoRATpWorker, self).load_lora_adapter(recv_req), recv_req.to_ref())
+
+    def load_lora_adapter_from_tensors(self, recv_req: LoadLoRAAdapterFromTensorsReqInput) -> LoRAUpdateOutput:
+        return self._load_together(
+            lambda: super(BDLoRATpWorker, self).load_lora_adapter_from_tensors(recv_req), recv_req.to_ref()
+        )
+
+    def _load_together(self, load: Any, ref: LoRARef) -> LoRAUpdateOutput:
+        return load_together(
+            load,
+            unload=lambda: self.model_runner.unload_lora_adapter(ref),
+            all_gather=get_parallel().tp_group.all_gather_object,
+        )
+
+
+class BDLoRAScheduler(Scheduler):
+    """Builds `BDLoRATpWorker`, and refuses to start unless BD-LoRA is really in place."""
+
+    def __init__(self, *args: Any, options: ServingOptions, **kwargs: Any) -> None:
+        self.options = options
+        super().__init__(*args, **kwargs)
+        if self.enable_lora:
+            prove_in_place(self.tp_worker.model_runner)
+
+    def init_tp_model_worker(self) -> None:
+        self.tp_worker = BDLoRATpWorker(
+            server_args=self.server_args,
+            gpu_id=get_device().gpu_id,
+            nccl_port=self.nccl_port,
+            options=self.options,
+        )
+
+
+def prove_in_place(model_runner: ModelRunner) -> int:
+    """The number of layers that BD-LoRA serves; raises `BDLoRAError` when SGLang built any LoRA class of its own."""
+    manager = model_runner.lora_manager
+    layers = [layer for by_name in getattr(manager, "lora_modules", ()) for layer in by_name.values()]
+    expected: list[tuple[object, type | tuple[type, ...]]] = [
+        (model_runner, BDLoRAModelRunner),
+        (manager, BDLoRAManager),
+        (getattr(manager, "memory_pool", None), BDLoRAMemoryPool),
+        (getattr(manager, "lora_backend", None), BDLoRABackend),
+        *((layer, (ColumnParallelLinearWithBDLoRA, RowParallelLinearWithBDLoRA)) for layer in layers),
+    ]
+    for found, kind in expected:
+        if not isinstance(found, kind):
+            raise BDLoRAError(f"BD-LoRA is not in place: found a {type(found).__name__}, expected {kind}")
+    if not layers:
+        raise BDLoRAError("BD-LoRA is not in place: found no LoRA layer, expected at least one target module")
+    return len(layers)
