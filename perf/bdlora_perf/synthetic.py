@@ -41,13 +41,14 @@ _SHAPE: dict[str, Any] = {
     "pad_token_id": EOS_ID,
 }
 
-# SGLang derives Qwen2's head size from the hidden size, so the two must agree.
+# SGLang derives Qwen2's head size from the hidden size, so the two must agree. Its Gemma computes GeLU exactly whatever
+# the config says, and transformers takes "gelu" for the tanh approximation: "gelu_python" is exact in both.
 _ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {"hidden_size": 192, "use_sliding_window": False},
     "qwen3": {"use_sliding_window": False},
     "mistral": {"sliding_window": None},
-    "gemma": {"tie_word_embeddings": True},
+    "gemma": {"tie_word_embeddings": True, "hidden_act": "gelu_python"},
 }
 ARCHITECTURES = tuple(_ARCHITECTURES)
 
