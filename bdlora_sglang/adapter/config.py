@@ -33,6 +33,11 @@ _UNSUPPORTED_FEATURES: dict[str, str] = {
     "kasa_config": "KaSA",
     "monteclora_config": "MonteCLoRA",
 }
+
+# Starts of the `init_lora_weights` with which PEFT changes the base weights, again at every load. PEFT can save such an
+# adapter as plain LoRA, and then writes true.
+_BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq")
+
 _KNOWN_VARIANTS = {"use_rslora", "use_bdlora", *(name for name in _UNSUPPORTED_FEATURES if name.startswith("use_"))}
 
 
@@ -115,7 +120,7 @@ class AdapterConfig:
             raise AdapterError(str(path), "adapter config", "no such file", "PEFT's adapter config")
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (OSError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise AdapterError(str(path), "adapter config", str(error), "a JSON object") from error
         return cls.from_dict(raw, str(path))
 
@@ -135,9 +140,13 @@ class AdapterConfig:
             use_rslora=check.boolean("use_rslora", default=False),
             rank_pattern=check.mapping("rank_pattern", _FieldReader.positive_int),
             alpha_pattern=check.mapping("alpha_pattern", _FieldReader.number),
-            target_modules=target_modules if isinstance(target_modules, str) else check.strings("target_modules"),
+            target_modules=(
+                check.pattern("target_modules", target_modules)
+                if isinstance(target_modules, str)
+                else check.strings("target_modules")
+            ),
             layers_to_transform=check.integers("layers_to_transform"),
-            layers_pattern=check.strings("layers_pattern"),
+            layers_pattern=tuple(check.pattern("layers_pattern", item) for item in check.strings("layers_pattern")),
             bdlora=None if bdlora is None else BDConfig.from_dict(bdlora, source),
             raw=raw,
         )
@@ -167,9 +176,10 @@ class AdapterConfig:
             return False
         if not self.layers_to_transform:
             return True
-        patterns = self.layers_pattern or (r"[^.]*",)
-        matches = (re.match(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", module) for pattern in patterns)
-        return any(match is not None and int(match["idx"]) in self.layers_to_transform for match in matches)
+        patterns = [rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\." for pattern in self.layers_pattern]
+        matches = (re.match(pattern, module) for pattern in patterns or [r".*?\.[^.]*\.(?P<idx>\d+)\."])
+        first = next((match for match in matches if match is not None), None)
+        return first is not None and int(first["idx"]) in self.layers_to_transform
 
 
 def _pattern_key(patterns: Mapping[str, Any], module: str) -> str:
@@ -186,6 +196,14 @@ def _refuse_unsupported(raw: Mapping[str, Any], source: str) -> None:
             raise AdapterError(source, f"field '{name}' ({feature})", raw[name], "null, false or absent: not supported")
     if raw.get("bias", "none") != "none":
         raise AdapterError(source, "field 'bias' (trained biases)", repr(raw["bias"]), "'none': others not supported")
+    init = raw.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS):
+        raise AdapterError(
+            source,
+            "field 'init_lora_weights' (an initialisation that changes the base model)",
+            repr(init),
+            "true: save the adapter with PEFT's path_initial_model_for_weight_conversion",
+        )
     for name, value in raw.items():
         if name.startswith("use_") and value and name not in _KNOWN_VARIANTS:
             raise AdapterError(source, f"field '{name}' (an unknown LoRA variant)", value, "null, false or absent")
@@ -210,8 +228,11 @@ class _FieldReader:
 
     def number(self, name: str) -> float:
         value = self.raw.get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise self._fail(name, "a finite number")
+        try:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise self._fail(name, "a finite number")
+        except OverflowError:  # an integer beyond the range of float
+            raise self._fail(name, "a finite number") from None
         return value
 
     def boolean(self, name: str, default: bool) -> bool:
@@ -245,10 +266,13 @@ class _FieldReader:
         if not isinstance(value, Mapping):
             raise self._fail(name, "an object")
         inner = _FieldReader(value, self.source, prefix=f"{self.prefix}{name}.")
-        for key in value:
-            try:
-                re.compile(key)
-            except re.error as error:
-                raise self._fail(name, f"patterns that are regular expressions: {key!r}: {error}") from error
         # Not sorted: PEFT takes the first pattern that matches.
-        return {key: read(inner, key) for key in value}
+        return {self.pattern(name, key): read(inner, key) for key in value}
+
+    def pattern(self, name: str, value: str) -> str:
+        """``value``, which stands in the field ``name``, if it is a regular expression."""
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise self._fail(name, f"patterns that are regular expressions: {value!r}: {error}") from error
+        return value

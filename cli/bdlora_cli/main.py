@@ -4,6 +4,7 @@ import sys
 
 import typer
 
+from bdlora_cli.launch import launch
 from bdlora_sglang.errors import BDLoRAError
 
 app = typer.Typer(
@@ -13,6 +14,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+# Flags that are not ours are SGLang's.
+app.command("launch", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(launch)
+
+
+@app.callback()
+def _root() -> None:
+    """Keeps `launch` a subcommand while it is the only one."""
 
 
 def main() -> None:

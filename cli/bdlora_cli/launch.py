@@ -1,0 +1,62 @@
+"""``bdlora launch``: SGLang's own server, with BD-LoRA inside."""
+
+import os
+from typing import Annotated
+
+import typer
+
+from bdlora_sglang.model_names import MODEL_NAMES
+
+_HELP = """Start SGLang's server with BD-LoRA inside.
+
+Every other flag is SGLang's and passes through unchanged: --port, --host, --mem-fraction-static, --quantization,
+--max-loras-per-batch, --max-lora-rank, --lora-target-modules, --nnodes, --node-rank, --dist-init-addr, --api-key,
+--enable-metrics, ... ("python -m sglang.launch_server --help" lists them).
+
+Short names of models:
+
+""" + "\n\n".join(f"  {name}: {repo}" for name, repo in MODEL_NAMES.items())
+
+
+def launch(
+    context: typer.Context,
+    model: Annotated[str, typer.Option("--model", "--model-path", help="Path, Hugging Face repo id or short name.")],
+    tp: Annotated[int, typer.Option("--tp", "--tp-size", "--tensor-parallel-size", min=1, help="TP degree.")] = 1,
+    adapters: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapters",
+            help="A folder with one PEFT adapter a subfolder, an adapter folder, name=path or a repo id; repeatable.",
+        ),
+    ] = None,
+    max_local_rank: Annotated[
+        int | None,
+        typer.Option(
+            "--max-local-rank",
+            min=1,
+            help="Largest rank that a memory slot holds on one GPU (an N-block adapter on N ranks: rank / N). "
+            "Default: worked out from --adapters, or --max-lora-rank where that is given.",
+        ),
+    ] = None,
+    allow_untested_sglang: Annotated[
+        bool, typer.Option("--allow-untested-sglang", help="Go on with an SGLang that BD-LoRA was not tested with.")
+    ] = False,
+) -> None:
+    # SGLang takes many seconds to import, and --help does not need it.
+    from sglang.srt.utils import kill_process_tree
+
+    from bdlora_sglang.serving import engine, launch
+    from bdlora_sglang.serving.hardware import has_accelerator
+    from bdlora_sglang.serving.options import ServingOptions
+
+    engine.check_sglang_version(allow_untested_sglang)
+    if not has_accelerator():
+        typer.echo("No GPU here: serving on the CPU platform (torch-native attention, gloo, no CUDA graphs).")
+    arguments = launch.server_args(model, tp, adapters or [], context.args)
+    try:
+        engine.launch_server(arguments, ServingOptions(max_local_rank))
+    finally:
+        kill_process_tree(os.getpid(), include_parent=False)
+
+
+launch.__doc__ = _HELP
