@@ -116,6 +116,9 @@ def greedy(
 
 
 def _step(
-    name: str, rank: int, costs: Mapping[str, ModuleCost], energies: Mapping[str, torch.Tensor]
+    name: str,
+    rank: int,
+    costs: Mapping[str, ModuleCost],
+    energies: Mapping[str, torch.Tensor],
 ) -> tuple[float, str, int]:
     return -float(energies[name][rank]) / costs[name].parameters, name, rank

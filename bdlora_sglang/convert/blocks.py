@@ -33,7 +33,10 @@ class Block:
 def read_blocks(adapter: Adapter, module: LoRAModule) -> list[Block]:
     """Read a module's two tensors, in the stored type; raises `AdapterError` on NaN and infinity."""
     read = adapter.checkpoint.read
-    shape_a, shape_b = adapter.checkpoint.shape(module.tensor_a), adapter.checkpoint.shape(module.tensor_b)
+    shape_a, shape_b = (
+        adapter.checkpoint.shape(module.tensor_a),
+        adapter.checkpoint.shape(module.tensor_b),
+    )
     a = read(module.tensor_a, range(shape_a[0]), range(shape_a[1]))
     b = read(module.tensor_b, range(shape_b[0]), range(shape_b[1]))
     chunks_b = b.chunk(module.nblocks, dim=0 if module.side is BlockSide.B else 1)
@@ -107,7 +110,9 @@ def _split_shared(block: Block, side: BlockSide) -> tuple[torch.Tensor, torch.Te
     return (block.b, block.a) if side is BlockSide.B else (block.a.T, block.b.T)
 
 
-def _stack(pieces: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+def _stack(
+    pieces: Sequence[tuple[torch.Tensor, torch.Tensor]],
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Pieces below each other in one block, ranks with the same shared row side by side in one column."""
     rows: list[torch.Tensor] = []
     ranks_of_row: dict[bytes, list[int]] = {}

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -65,7 +65,7 @@ def load_model(name: str, device: torch.device) -> tuple[Any, Any]:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise BDLoRAError(f"--model: found '{name}' ({reason}), expected a causal language model") from error
-    return tokenizer, model.to(device).eval()
+    return tokenizer, cast(torch.nn.Module, model).to(device).eval()
 
 
 def _submodule(model: torch.nn.Module, name: str) -> torch.nn.Module:
@@ -82,7 +82,10 @@ def _sequences(text: Path, tokenizer: Any, calibration: Calibration) -> Iterator
         while left and (chunk := file.read(_CHUNK_CHARACTERS)):
             pending += tokenizer(chunk, add_special_tokens=False)["input_ids"]
             while left and len(pending) >= calibration.sequence_length:
-                ids, pending = pending[: calibration.sequence_length], pending[calibration.sequence_length :]
+                ids, pending = (
+                    pending[: calibration.sequence_length],
+                    pending[calibration.sequence_length :],
+                )
                 yield ids[:left]
                 left -= len(ids[:left])
     if left and pending:
@@ -110,7 +113,7 @@ class _Collector:
 
     def _own_inputs(self, x: torch.Tensor) -> torch.Tensor:
         """Row-parallel, x (tokens, in): z (tokens, N R), every block reads its own columns."""
-        parts = x.unflatten(-1, (self._a.shape[0], -1))
+        parts = x.view(len(x), self._a.shape[0], -1)
         return torch.einsum("tkn,krn->tkr", parts, self._a).flatten(1)
 
     def _same_inputs(self, x: torch.Tensor) -> torch.Tensor:

@@ -29,7 +29,13 @@ from bdlora_sglang.errors import AdapterError, BDLoRAError
 
 _README = "README.md"
 # Weights of the source in another format would contradict the new ones.
-_NOT_COPIED = {CONFIG_NAME, WEIGHTS_NAME, _README, "adapter_model.bin", "adapter_model.pt"}
+_NOT_COPIED = {
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    _README,
+    "adapter_model.bin",
+    "adapter_model.pt",
+}
 
 
 def convert(
@@ -63,11 +69,22 @@ def convert(
     adapter = Adapter.open(source)
     _refuse_overlap(source, destination)
     plan = Plan.make(adapter, options)
-    steps = Steps(len(adapter.modules) + (len(plan.converted) if needs_spectra(options) else 0), progress)
+    steps = Steps(
+        len(adapter.modules) + (len(plan.converted) if needs_spectra(options) else 0),
+        progress,
+    )
     with NewFolder(destination, options.force) as folder:
         moments = _moments(plan, options)
         ranks = choose_ranks(plan, options, moments, steps)
-        report = _write_weights(plan, options, ranks, moments, folder.path, steps, _Origin(operation, source, destination))
+        report = _write_weights(
+            plan,
+            options,
+            ranks,
+            moments,
+            folder.path,
+            steps,
+            _Origin(operation, source, destination),
+        )
         _write_config(plan, report, folder.path)
         _copy_others(source, folder.path, report)
         folder.commit()
@@ -77,7 +94,9 @@ def convert(
 def _refuse_overlap(source: Path, destination: Path) -> None:
     a, b = source.resolve(), destination.resolve()
     if a == b or a in b.parents or b in a.parents:
-        raise BDLoRAError(f"{destination}: found the source or a folder in or around it, expected one apart from {source}")
+        raise BDLoRAError(
+            f"{destination}: found the source or a folder in or around it, expected one apart from {source}"
+        )
 
 
 def _moments(plan: Plan, options: ConvertOptions) -> Moments | None:
@@ -96,13 +115,17 @@ def _moments(plan: Plan, options: ConvertOptions) -> Moments | None:
 
 
 def _convert_module(
-    plan: Plan, module: LoRAModule, rank: int | None, moments: Moments | None
+    plan: Plan,
+    module: LoRAModule,
+    rank: int | None,
+    moments: Moments | None,
+    norm_needed: bool,
 ) -> tuple[list[Block], Errors]:
     """The module's new blocks in the stored type, on the CPU, and their error with that type's rounding."""
     exact = plan.read(module)
     if rank is None:
         stored = _stored(plan, module, exact)
-        return stored, _exact_errors(exact, stored)
+        return stored, _exact_errors(exact, stored, norm_needed)
     own = None if moments is None else moments.of(module.name, plan.compute_dtype, plan.device)
     blocks, errors = truncate_blocks(plan.for_computing(exact), plan.sides[module.name], rank, own)
     stored = _stored(plan, module, blocks)
@@ -121,17 +144,25 @@ def _stored(plan: Plan, module: LoRAModule, blocks: list[Block]) -> list[Block]:
     for block in stored:
         if not (torch.isfinite(block.a).all() and torch.isfinite(block.b).all()):
             subject = f"module '{module.name}'"
-            raise AdapterError(plan.adapter.checkpoint.source, subject, f"values too large for {plan.dtype}", "its range")
+            raise AdapterError(
+                plan.adapter.checkpoint.source,
+                subject,
+                f"values too large for {plan.dtype}",
+                "its range",
+            )
     return stored
 
 
-def _exact_errors(exact: list[Block], stored: list[Block]) -> Errors:
-    """None, unless the result's type is narrower."""
+def _exact_errors(exact: list[Block], stored: list[Block], norm_needed: bool) -> Errors:
+    """None, unless the result's type is narrower. The norm only counts where other modules have errors."""
+    narrower = any(
+        torch.promote_types(e.a.dtype, s.a.dtype) is not s.a.dtype for e, s in zip(exact, stored, strict=True)
+    )
+    if not (narrower or norm_needed):
+        return Errors(0.0, 0.0)
     wide = [Block(block.b.double(), block.a.double()) for block in exact]
-    norm_sq = sum(product_norm_sq(block.b, block.a) for block in wide)
-    if all(torch.promote_types(e.a.dtype, s.a.dtype) is s.a.dtype for e, s in zip(exact, stored, strict=True)):
-        return Errors(0.0, norm_sq)
-    return Errors(sum(rounding_error_sq(e, s) for e, s in zip(wide, stored, strict=True)), norm_sq)
+    error_sq = sum(rounding_error_sq(e, s) for e, s in zip(wide, stored, strict=True)) if narrower else 0.0
+    return Errors(error_sq, sum(product_norm_sq(block.b, block.a) for block in wide))
 
 
 class _Origin:
@@ -151,7 +182,7 @@ def _write_weights(
     origin: _Origin,
 ) -> ConversionReport:
     def work(module: LoRAModule) -> tuple[list[Block], Errors]:
-        return _convert_module(plan, module, (ranks or {}).get(module.name), moments)
+        return _convert_module(plan, module, (ranks or {}).get(module.name), moments, ranks is not None)
 
     def report(modules: list[ModuleReport]) -> ConversionReport:
         return ConversionReport(
@@ -171,7 +202,11 @@ def _write_weights(
     with SafetensorsWriter(folder / WEIGHTS_NAME, plan.dtype, header_room(names, longest.metadata())) as writer:
         for module, (blocks, errors) in in_order(work, modules, options.threads, steps):
             before = writer.bytes_written
-            for name, chunks in zip(_tensor_names(module), stored_factors(blocks, plan.sides[module.name]), strict=True):
+            for name, chunks in zip(
+                _tensor_names(module),
+                stored_factors(blocks, plan.sides[module.name]),
+                strict=True,
+            ):
                 writer.add(name, chunks)
             parameters = (writer.bytes_written - before) // plan.dtype.itemsize
             rank = max(block.rank for block in blocks) * len(blocks)
@@ -187,7 +222,10 @@ _LONGEST_ERRORS = Errors(1e-200, 1e100, 1e-200, 1e100, 1e-200)
 
 def _tensor_names(module: LoRAModule) -> tuple[str, str]:
     """As PEFT saves them, whatever form the source's names have."""
-    return f"base_model.model.{module.name}.lora_A.weight", f"base_model.model.{module.name}.lora_B.weight"
+    return (
+        f"base_model.model.{module.name}.lora_A.weight",
+        f"base_model.model.{module.name}.lora_B.weight",
+    )
 
 
 def _module_report(plan: Plan, module: LoRAModule, rank: int, parameters: int, errors: Errors) -> ModuleReport:

@@ -14,6 +14,8 @@ import tempfile
 from pathlib import Path
 from types import TracebackType
 
+from typing_extensions import Self
+
 from bdlora_sglang.errors import BDLoRAError
 
 _AT_FDCWD = -100
@@ -41,8 +43,11 @@ class NewFolder:
         if not self.destination.absolute().parent.is_dir():
             raise BDLoRAError(f"{self.destination.parent}: found no such folder, expected the destination's parent")
 
-    def __enter__(self) -> "NewFolder":
-        parent, prefix = self.destination.absolute().parent, f".{self.destination.name}."
+    def __enter__(self) -> Self:
+        parent, prefix = (
+            self.destination.absolute().parent,
+            f".{self.destination.name}.",
+        )
         _remove_stale(parent, prefix)
         self.path = Path(tempfile.mkdtemp(prefix=prefix, suffix=_PARTIAL, dir=parent))
         self.path.chmod(0o755)
@@ -51,7 +56,12 @@ class NewFolder:
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
         os.close(self._lock)
         shutil.rmtree(self.path, ignore_errors=True)  # after a commit, the old folder or nothing
 
@@ -94,7 +104,16 @@ def _exchange(new: Path, old: Path) -> None:
     """Swap two folders in one step; where the system cannot, in two renames, the first undone if the second fails."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is not None:
-        if renameat2(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old), _RENAME_EXCHANGE) == 0:
+        if (
+            renameat2(
+                _AT_FDCWD,
+                os.fsencode(new),
+                _AT_FDCWD,
+                os.fsencode(old),
+                _RENAME_EXCHANGE,
+            )
+            == 0
+        ):
             return
         code = ctypes.get_errno()
         if code not in (errno.ENOSYS, errno.EINVAL):

@@ -55,7 +55,7 @@ class Decomposer:
         """L with ``L L^T = A A^T``, (R, min(R, n))."""
         key = _identity(a)
         if key not in self._roots:
-            self._roots[key] = torch.linalg.qr(a.T, mode="r").R.T
+            self._roots[key] = _triangle(a.T).T
         return self._roots[key]
 
     def qr(self, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,12 +67,24 @@ class Decomposer:
     def decompose(self, block: Block, root: torch.Tensor | None = None) -> BlockSVD:
         """Ready to be cut, with the error weighted by ``root`` (R, k), or not weighted."""
         q, core = self.qr(block.b)
-        return BlockSVD(q, core, block.a, *left_svd(core @ (self.root(block.a) if root is None else root)))
+        return BlockSVD(
+            q,
+            core,
+            block.a,
+            *left_svd(core @ (self.root(block.a) if root is None else root)),
+        )
 
     def singular_values(self, block: Block, root: torch.Tensor | None = None) -> torch.Tensor:
         """The (weighted) singular values of the block's delta, largest first, without its singular vectors."""
-        core = torch.linalg.qr(block.b, mode="r").R
-        return torch.linalg.svdvals(core @ (self.root(block.a) if root is None else root))
+        product = _triangle(block.b) @ (self.root(block.a) if root is None else root)
+        values: torch.Tensor = torch.linalg.svdvals(product)
+        return values
+
+
+def _triangle(matrix: torch.Tensor) -> torch.Tensor:
+    """The R of a QR decomposition."""
+    r: torch.Tensor = torch.linalg.qr(matrix, mode="r").R
+    return r
 
 
 def left_svd(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,7 +100,8 @@ def left_svd(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def square_root(moments: torch.Tensor) -> torch.Tensor:
     """L with ``L L^T = moments``, a positive semidefinite matrix; eigenvalues that rounding made negative count as 0."""
     values, vectors = torch.linalg.eigh(moments)
-    return vectors * values.clamp(min=0).sqrt()
+    root: torch.Tensor = vectors * values.clamp(min=0).sqrt()
+    return root
 
 
 def product_norm_sq(b: torch.Tensor, a: torch.Tensor) -> float:

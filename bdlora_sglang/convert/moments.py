@@ -40,7 +40,10 @@ class Moments:
 
     def save(self, path: Path) -> None:
         """Write a safetensors file, replacing an old one in one step; the same moments give the same bytes."""
-        record = json.dumps({"source": self.source, "nblocks": self.nblocks, "tokens": self.tokens}, sort_keys=True)
+        record = json.dumps(
+            {"source": self.source, "nblocks": self.nblocks, "tokens": self.tokens},
+            sort_keys=True,
+        )
         metadata = {
             _METADATA_KEY: record,
             **{f"shape.{name}": json.dumps(list(m.shape)) for name, m in self.by_module.items()},
@@ -63,23 +66,35 @@ class Moments:
             AdapterError: it is missing or damaged, or was collected for another adapter or block count.
         """
         if not path.is_file():
-            raise AdapterError(str(path), "moments", "no such file", "a file that --moments saved, or --calibrate")
+            raise AdapterError(
+                str(path),
+                "moments",
+                "no such file",
+                "a file that --moments saved, or --calibrate",
+            )
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 record = json.loads(metadata[_METADATA_KEY])
-                tensors = {
-                    name: file.get_tensor(name).reshape(json.loads(metadata[f"shape.{name}"])) for name in file.keys()
-                }
+                names = list(file.keys())
+                tensors = {n: file.get_tensor(n).reshape(json.loads(metadata[f"shape.{n}"])) for n in names}
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise AdapterError(str(path), "moments", str(error), "a file that --moments saved") from error
         wanted = {"source": adapter_digest(plan), "nblocks": plan.nblocks}
         for key, value in wanted.items():
             if record[key] != value:
                 raise AdapterError(str(path), f"moments of {key}", record[key], value)
-        missing = next((module.name for module in plan.converted if module.name not in tensors), None)
+        missing = next(
+            (module.name for module in plan.converted if module.name not in tensors),
+            None,
+        )
         if missing is not None:
-            raise AdapterError(str(path), f"moments of module '{missing}'", "none", "moments of every module with a side")
+            raise AdapterError(
+                str(path),
+                f"moments of module '{missing}'",
+                "none",
+                "moments of every module with a side",
+            )
         return cls(tensors, record["source"], record["nblocks"], record["tokens"])
 
 

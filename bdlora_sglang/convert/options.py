@@ -120,7 +120,9 @@ class ConvertOptions:
         if self.calibration is not None:
             self.calibration.check()
             if self.choice.exact:
-                raise BDLoRAError("calibration: found an exact conversion, expected --rank, --param-ratio or --max-error")
+                raise BDLoRAError(
+                    "calibration: found an exact conversion, expected --rank, --param-ratio or --max-error"
+                )
         for flag, value, known in (
             ("--dtype", self.dtype, tuple(DTYPES)),
             ("--compute-dtype", self.compute_dtype, ("float32", "float64")),
@@ -131,7 +133,9 @@ class ConvertOptions:
             torch.empty(1, device=self.device)
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             message = str(error).splitlines()[0]
-            raise BDLoRAError(f"--device: found '{self.device}' ({message}), expected a device of this machine") from error
+            raise BDLoRAError(
+                f"--device: found '{self.device}' ({message}), expected a device of this machine"
+            ) from error
 
     def record(self) -> dict[str, Any]:
         """The options that decide the result's bytes, for metadata and to know a finished conversion again."""

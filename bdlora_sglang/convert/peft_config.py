@@ -1,13 +1,12 @@
 """The converted adapter's ``adapter_config.json``: other ranks and blocks, the same scaling, all other fields kept."""
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
-
-import re
 
 from bdlora_sglang.adapter import AdapterConfig, BlockSide
 from bdlora_sglang.convert.sides import side_patterns
@@ -30,7 +29,11 @@ def exact_alpha(scaling: float, rank: int, use_rslora: bool) -> float:
     """
     divisor = math.sqrt(rank) if use_rslora else float(rank)
     middle = float(Fraction(scaling) * Fraction(divisor))
-    candidates = [middle, math.nextafter(middle, math.inf), math.nextafter(middle, -math.inf)]
+    candidates = [
+        middle,
+        math.nextafter(middle, math.inf),
+        math.nextafter(middle, -math.inf),
+    ]
     if abs(middle) < 2**53:
         candidates.insert(0, float(round(middle)))
     exact = [alpha for alpha in candidates if alpha / divisor == scaling]
@@ -39,7 +42,10 @@ def exact_alpha(scaling: float, rank: int, use_rslora: bool) -> float:
 
 
 def new_config(
-    config: AdapterConfig, modules: Mapping[str, NewModule], nblocks: int, match_strict: bool = True
+    config: AdapterConfig,
+    modules: Mapping[str, NewModule],
+    nblocks: int,
+    match_strict: bool = True,
 ) -> dict[str, Any]:
     """``adapter_config.json`` of the converted adapter.
 

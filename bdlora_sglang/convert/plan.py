@@ -108,7 +108,12 @@ def _sides(adapter: Adapter, options: ConvertOptions) -> dict[str, BlockSide]:
         return {module.name: module.side for module in adapter.modules.values()}
     if options.nblocks == 1 and not given:
         return dict.fromkeys(adapter.modules, BlockSide.B)  # one block: either side is the same
-    return choose_sides(adapter.modules, options.target_modules_bd_a, options.target_modules_bd_b, options.keep_plain)
+    return choose_sides(
+        adapter.modules,
+        options.target_modules_bd_a,
+        options.target_modules_bd_b,
+        options.keep_plain,
+    )
 
 
 def _check_divides(adapter: Adapter, module: LoRAModule, side: BlockSide, nblocks: int) -> None:
@@ -135,7 +140,10 @@ class Steps:
 
 
 def in_order(
-    function: Callable[[Item], Result], items: Iterable[Item], threads: int, steps: Steps
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    threads: int,
+    steps: Steps,
 ) -> Iterator[tuple[Item, Result]]:
     """``(item, function(item))`` in the order of the items, worked on by ``threads`` threads, few of them ahead.
 

@@ -36,7 +36,14 @@ def choose_ranks(
     if options.plot is not None:
         from bdlora_sglang.convert.plot import draw_error_against_parameters
 
-        draw_error_against_parameters(Path(options.plot), plan, costs, spectra, ranks, calibrated=moments is not None)
+        draw_error_against_parameters(
+            Path(options.plot),
+            plan,
+            costs,
+            spectra,
+            ranks,
+            calibrated=moments is not None,
+        )
     return ranks
 
 

@@ -109,11 +109,11 @@ class ConversionReport:
         """The section that is appended to the adapter's README.md."""
         ranks = sorted({module.rank for module in self.modules})
         worst = max(self.modules, key=lambda module: module.error)
+        made_with = ", ".join(f"{package} {number}" for package, number in versions().items())
         lines = [
             CARD_TITLE,
             "",
-            f"Made from `{self.source.absolute().name}` by `bdlora convert {self.operation}` "
-            f"({', '.join(f'{k} {v}' for k, v in versions().items())}).",
+            f"Made from `{self.source.absolute().name}` by `bdlora convert {self.operation}` ({made_with}).",
             "",
             f"- options: {', '.join(f'{key}={value}' for key, value in self.options.items()) or 'none'}",
             f"- rank: {ranks[0]}" + (f" to {ranks[-1]}, by module" if len(ranks) > 1 else ""),
@@ -133,7 +133,11 @@ def versions() -> dict[str, str]:
         own = version("bdlora-sglang")
     except PackageNotFoundError:
         own = "unknown"
-    return {"bdlora-sglang": own, "torch": torch.__version__, "python": platform.python_version()}
+    return {
+        "bdlora-sglang": own,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def _short(value: float | None) -> str | None:

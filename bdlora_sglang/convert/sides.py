@@ -24,17 +24,48 @@ class TPSide(Enum):
 SIDES: Mapping[str, TPSide] = {
     **dict.fromkeys(
         (
-            *("q_proj", "k_proj", "v_proj", "qkv_proj"),  # Llama, Qwen, Mistral, Gemma; Phi-3
+            *(
+                "q_proj",
+                "k_proj",
+                "v_proj",
+                "qkv_proj",
+            ),  # Llama, Qwen, Mistral, Gemma; Phi-3
             *("gate_proj", "up_proj", "gate_up_proj", "w1", "w3"),  # Llama; Mixtral
-            *("query_key_value", "dense_h_to_4h", "fc1", "fc_in", "c_fc", "in_proj", "wi_0", "wi_1", "wi"),
-            *("Wqkv", "wqkv", "q", "k", "v", "query", "key", "value", "q_b_proj", "kv_b_proj"),
+            *(
+                "query_key_value",
+                "dense_h_to_4h",
+                "fc1",
+                "fc_in",
+                "c_fc",
+                "in_proj",
+                "wi_0",
+                "wi_1",
+                "wi",
+            ),
+            *(
+                "Wqkv",
+                "wqkv",
+                "q",
+                "k",
+                "v",
+                "query",
+                "key",
+                "value",
+                "q_b_proj",
+                "kv_b_proj",
+            ),
         ),
         TPSide.COLUMN,
     ),
     **dict.fromkeys(
         (
             *("o_proj", "out_proj", "down_proj", "w2", "wo", "o"),
-            *("dense_4h_to_h", "fc2", "fc_out", "dense"),  # dense: the attention output of Falcon, BLOOM, GPT-NeoX, Phi
+            *(
+                "dense_4h_to_h",
+                "fc2",
+                "fc_out",
+                "dense",
+            ),  # dense: the attention output of Falcon, BLOOM, GPT-NeoX, Phi
         ),
         TPSide.ROW,
     ),

@@ -19,7 +19,13 @@ import torch
 
 from bdlora_sglang.adapter import BlockSide
 from bdlora_sglang.convert.blocks import Block, with_equal_ranks
-from bdlora_sglang.convert.lowrank import BlockSVD, Decomposer, joint_basis, left_svd, square_root
+from bdlora_sglang.convert.lowrank import (
+    BlockSVD,
+    Decomposer,
+    joint_basis,
+    left_svd,
+    square_root,
+)
 
 # Descent ends when a sweep over the blocks lowers the error by less than this part of it.
 _CONVERGED = 1e-4
@@ -40,7 +46,10 @@ class Errors:
 
 
 def truncate_blocks(
-    blocks: Sequence[Block], side: BlockSide, rank: int, moments: torch.Tensor | None = None
+    blocks: Sequence[Block],
+    side: BlockSide,
+    rank: int,
+    moments: torch.Tensor | None = None,
 ) -> tuple[list[Block], Errors]:
     """The best blocks of rank ``rank`` (of a block, not of all), and their error.
 
@@ -114,7 +123,11 @@ def _own_root(moments: torch.Tensor | None, side: BlockSide, k: int, rank: int) 
 
 
 def _truncate_coupled(
-    blocks: Sequence[Block], decomposer: Decomposer, rank: int, moments: torch.Tensor, norm_sq: float
+    blocks: Sequence[Block],
+    decomposer: Decomposer,
+    rank: int,
+    moments: torch.Tensor,
+    norm_sq: float,
 ) -> tuple[list[Block], Errors]:
     q, cores = joint_basis([block.b for block in blocks])
     problem = _Coupled(q, cores, [block.a for block in blocks], moments, rank)
@@ -137,7 +150,12 @@ class _Coupled:
     """Row-parallel blocks that add to the same outputs: ``sum_k Q (C_k - W_k) z_k`` is the error, W_k of rank r."""
 
     def __init__(
-        self, q: torch.Tensor, cores: list[torch.Tensor], a: list[torch.Tensor], moments: torch.Tensor, rank: int
+        self,
+        q: torch.Tensor,
+        cores: list[torch.Tensor],
+        a: list[torch.Tensor],
+        moments: torch.Tensor,
+        rank: int,
     ) -> None:
         self.q, self.cores, self.a, self.rank, self.moments = q, cores, a, rank, moments
         size = cores[0].shape[1]

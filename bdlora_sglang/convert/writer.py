@@ -13,10 +13,16 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
+from typing_extensions import Self
 
 from bdlora_sglang.convert.blocks import raw_bytes
 
-_DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
 _ALIGNMENT = 8
 # `os.write` takes at most 2 GiB at once.
 _CHUNK_BYTES = 64 << 20
@@ -43,10 +49,15 @@ class SafetensorsWriter:
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         os.lseek(self._fd, 8 + self._header_bytes, os.SEEK_SET)
 
-    def __enter__(self) -> "SafetensorsWriter":
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
         os.close(self._fd)
 
     def add(self, name: str, row_chunks: Sequence[torch.Tensor]) -> None:
@@ -85,7 +96,11 @@ class SafetensorsWriter:
 def header_room(names: Iterable[str], largest_metadata: Mapping[str, str]) -> int:
     """A size that the header of these 2-D tensors cannot exceed, with metadata no longer than ``largest_metadata``."""
     largest = 10**15
-    worst = {"dtype": "BF16", "shape": [largest, largest], "data_offsets": [largest, largest]}
+    worst = {
+        "dtype": "BF16",
+        "shape": [largest, largest],
+        "data_offsets": [largest, largest],
+    }
     return len(_header({name: worst for name in names}, largest_metadata))
 
 
