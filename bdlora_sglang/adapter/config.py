@@ -247,10 +247,10 @@ class _FieldReader:
         value = self.raw.get(name)
         if value is None:
             return ()
-        value = [value] if isinstance(value, str) else value
-        if not isinstance(value, list | tuple | set) or not all(isinstance(item, str) for item in value):
+        value = [value] if isinstance(value, str) else sorted(value) if isinstance(value, set) else value
+        if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
             raise self._fail(name, "a list of strings")
-        return tuple(sorted(value))
+        return tuple(value)
 
     def integers(self, name: str) -> tuple[int, ...]:
         value = self.raw.get(name)
