@@ -4,6 +4,7 @@ import sys
 
 import typer
 
+from bdlora_cli.convert import app as convert_app
 from bdlora_cli.launch import launch
 from bdlora_sglang.errors import BDLoRAError
 
@@ -17,6 +18,7 @@ app = typer.Typer(
 
 # Flags that are not ours are SGLang's.
 app.command("launch", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(launch)
+app.add_typer(convert_app)
 
 
 @app.callback()
