@@ -16,7 +16,7 @@ _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 
 # Pages that were read stay resident until the file is unmapped. A fresh map after this many bytes bounds the memory that
 # reading a whole adapter takes, at the price of parsing the header again.
-_REMAP_BYTES = 64 << 20
+_REMAP_BYTES = 16 << 20
 
 _SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -115,7 +115,8 @@ class TensorCheckpoint:
 
 def _checked(checkpoint: Checkpoint, name: str, tensor: torch.Tensor) -> torch.Tensor:
     checkpoint.bytes_read += tensor.numel() * tensor.element_size()
-    if not torch.isfinite(tensor).all():
+    # NaN passes through both; some ten times faster than asking every value.
+    if tensor.numel() and not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
         bad = int((~torch.isfinite(tensor)).sum())
         raise AdapterError(checkpoint.source, f"tensor '{name}'", f"{bad} NaN or infinite values", "finite values")
     return tensor

@@ -141,14 +141,13 @@ def _convert_module(
 def _stored(plan: Plan, module: LoRAModule, blocks: list[Block]) -> list[Block]:
     """In the result's type on the CPU; raises `AdapterError` where a value does not fit it."""
     stored = [Block(block.b.to("cpu", plan.dtype), block.a.to("cpu", plan.dtype)) for block in blocks]
-    for block in stored:
-        if not (torch.isfinite(block.a).all() and torch.isfinite(block.b).all()):
+    if torch.promote_types(blocks[0].a.dtype, plan.dtype) is plan.dtype:
+        return stored
+    for factor in (factor for block in stored for factor in (block.a, block.b)):
+        if not torch.isfinite(torch.stack(torch.aminmax(factor))).all():
             subject = f"module '{module.name}'"
             raise AdapterError(
-                plan.adapter.checkpoint.source,
-                subject,
-                f"values too large for {plan.dtype}",
-                "its range",
+                plan.adapter.checkpoint.source, subject, f"values too large for {plan.dtype}", "its range"
             )
     return stored
 

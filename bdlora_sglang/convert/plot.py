@@ -68,19 +68,11 @@ def draw_error_against_parameters(
     axes = figure.subplots()
     for label, (parameters, errors), style in (
         ("one rank for all modules", uniform_curve(costs, spectra), "-"),
-        (
-            "rank by module (--max-error with a budget)",
-            greedy_curve(costs, spectra),
-            "--",
-        ),
+        ("rank by module (--max-error with a budget)", greedy_curve(costs, spectra), "--"),
     ):
-        axes.plot(
-            [(fixed + p) / source for p in parameters],
-            errors,
-            style,
-            linewidth=1.6,
-            label=label,
-        )
+        # Steps: a budget between two points buys the cheaper one.
+        ratios = [(fixed + p) / source for p in parameters]
+        axes.plot(ratios, errors, style, drawstyle="steps-post", linewidth=1.6, label=label)
     reached = relative_error(spectra, chosen)
     ratio = (fixed + spent(costs, chosen)) / source
     axes.plot(
