@@ -12,6 +12,7 @@ from bdlora_sglang.errors import BDLoRAError
 from bdlora_sglang.serving.hardware import cpu_defaults, gpu_defaults, has_accelerator, use_cpu_platform
 from bdlora_sglang.serving.options import ServingOptions
 from bdlora_sglang.serving.process import run_scheduler_process
+from bdlora_sglang.serving.scheduler import BDLoRAScheduler
 
 TESTED_SGLANG = ("0.5.23",)
 
@@ -27,6 +28,8 @@ class Engine(SGLangEngine):
         BDLoRAError: an SGLang version that was not tested.
     """
 
+    scheduler_class = BDLoRAScheduler
+
     def __init__(
         self, *, max_local_rank: int | None = None, allow_untested_sglang: bool = False, **kwargs: Any
     ) -> None:
@@ -34,9 +37,10 @@ class Engine(SGLangEngine):
         if "server_args" not in kwargs:
             kwargs = {**platform_defaults(kwargs.get("tp_size", 1), kwargs.get("dp_size", 1)), **kwargs}
         # An attribute that SGLang provides for private forks of its processes.
-        self.run_scheduler_process_func = partial(run_scheduler_process, options=ServingOptions(max_local_rank))
+        self.run_scheduler_process_func = partial(
+            run_scheduler_process, options=ServingOptions(max_local_rank), scheduler_class=self.scheduler_class
+        )
         super().__init__(**kwargs)
-
 
 def launch_server(server_args: ServerArgs, options: ServingOptions) -> None:
     """Run SGLang's HTTP server with BD-LoRA inside until it is stopped."""

@@ -37,8 +37,9 @@ def run_scheduler_process(
     display_moe_ep_rank: int | None = None,
     *,
     options: ServingOptions,
+    scheduler_class: type[BDLoRAScheduler] = BDLoRAScheduler,
 ) -> None:
-    """Run a `BDLoRAScheduler` until it is told to stop. The positional arguments are SGLang's."""
+    """Run a scheduler until it is told to stop. The positional arguments are SGLang's."""
     load_plugins()
     dp_rank = resolve_spawn_dp_rank(dp_rank)
     world_rank = spawn_world_rank(server_args, tp_rank=tp_rank, pp_rank=pp_rank)
@@ -57,7 +58,7 @@ def run_scheduler_process(
 
     scheduler: BDLoRAScheduler | None = None
     try:
-        scheduler = BDLoRAScheduler(server_args, port_args, options=options)
+        scheduler = scheduler_class(server_args, port_args, options=options)
         if tp_rank == 0 and not dp_rank and scheduler.enable_lora:
             print_adapters(scheduler.tp_worker.model_runner)
         pipe_writer.send(scheduler.get_init_info())
