@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from bdlora_sglang.adapter import BlockSide, LoRAModule
+from bdlora_sglang.convert.blocks import exact_block_rank
 from bdlora_sglang.errors import BDLoRAError
 
 # Ratios are quoted with two decimals: 0.87 stands for 0.8703 of Llama-3.1-70B (8 blocks, twice the rank).
@@ -25,10 +26,11 @@ class ModuleCost:
     exact_rank: int
 
 
-def module_cost(module: LoRAModule, side: BlockSide, nblocks: int, exact_rank: int) -> ModuleCost:
+def module_cost(module: LoRAModule, side: BlockSide, nblocks: int) -> ModuleCost:
+    exact, inputs, outputs = exact_block_rank(module, nblocks), module.in_features, module.out_features
     if side is BlockSide.B:
-        return ModuleCost(nblocks * module.in_features + module.out_features, exact_rank)
-    return ModuleCost(module.in_features + nblocks * module.out_features, exact_rank)
+        return ModuleCost(nblocks * inputs + outputs, min(exact, inputs, outputs // nblocks))
+    return ModuleCost(inputs + nblocks * outputs, min(exact, inputs // nblocks, outputs))
 
 
 def spent(costs: Mapping[str, ModuleCost], ranks: Mapping[str, int]) -> int:

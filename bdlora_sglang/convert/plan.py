@@ -12,7 +12,7 @@ import torch
 
 from bdlora_sglang.adapter import Adapter, BlockSide, LoRAModule
 from bdlora_sglang.convert.allocation import ModuleCost, module_cost
-from bdlora_sglang.convert.blocks import Block, exact_block_rank, read_blocks, regroup
+from bdlora_sglang.convert.blocks import Block, read_blocks, regroup
 from bdlora_sglang.convert.options import DTYPES, ConvertOptions
 from bdlora_sglang.convert.sides import choose_sides
 from bdlora_sglang.errors import AdapterError, BDLoRAError
@@ -72,10 +72,7 @@ class Plan:
 
     def costs(self) -> dict[str, ModuleCost]:
         """Of the converted modules, by name."""
-        return {
-            m.name: module_cost(m, self.sides[m.name], self.nblocks, exact_block_rank(m, self.nblocks))
-            for m in self.converted
-        }
+        return {m.name: module_cost(m, self.sides[m.name], self.nblocks) for m in self.converted}
 
     def read(self, module: LoRAModule) -> list[Block]:
         """The module's delta in the new blocks, exact, in the stored type."""
