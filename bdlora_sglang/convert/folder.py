@@ -11,6 +11,7 @@ import fcntl
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -100,9 +101,13 @@ def _remove_stale(parent: Path, prefix: str) -> None:
             os.close(lock)
 
 
+def _libc_renameat2() -> Callable[..., int] | None:
+    return getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+
+
 def _exchange(new: Path, old: Path) -> None:
     """Swap two folders in one step; where the system cannot, in two renames, the first undone if the second fails."""
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    renameat2 = _libc_renameat2()
     if renameat2 is not None:
         if (
             renameat2(

@@ -2,7 +2,7 @@
 
 Shapes: p outputs, n inputs, R rank before, r rank after; q = min(p, R).
 
-A block's delta is ``B A`` with B ``(p, R)``, A ``(R, n)``. Let ``B = Q C`` be a QR decomposition and ``L L^T = A M A^T``
+A block's delta is ``B A``, B ``(p, R)``, A ``(R, n)``. Let ``B = Q C`` be a QR decomposition and ``L L^T = A M A^T``,
 (R, R), where M is the second moment ``E[x x^T]`` of the block's input, or the identity. With the SVD ``C L = U S V^T``,
 the matrix ``Q U_r (U_r^T C) A`` is the rank-r matrix D that minimises ``||(B A - D) M^(1/2)||_F`` (Eckart-Young), and
 the error is the tail of S. For ``M = I``, L is the R factor of a QR of ``A^T``: two QRs and an SVD of at most R x R.
@@ -39,7 +39,7 @@ class BlockSVD:
         return Block((self.q @ u) * balance, a / balance[:, None])
 
     def left_out(self, rank: int, target: torch.Tensor) -> torch.Tensor:
-        """``target - U_r U_r^T core``: what is missing of ``target`` (q, R) after `truncate`, in coordinates of q, a."""
+        """``target - U_r U_r^T core``: what `truncate` misses of ``target`` (q, R), in coordinates of q and a."""
         u = self.u[:, :rank]
         return target - u @ (u.T @ self.core)
 
@@ -98,7 +98,7 @@ def left_svd(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def square_root(moments: torch.Tensor) -> torch.Tensor:
-    """L with ``L L^T = moments``, a positive semidefinite matrix; eigenvalues that rounding made negative count as 0."""
+    """L with ``L L^T = moments``, positive semidefinite; eigenvalues that rounding made negative count as 0."""
     values, vectors = torch.linalg.eigh(moments)
     root: torch.Tensor = vectors * values.clamp(min=0).sqrt()
     return root

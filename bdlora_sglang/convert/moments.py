@@ -101,7 +101,7 @@ class Moments:
 def adapter_digest(plan: Plan) -> str:
     """What moments know their adapter by: a SHA-256 of its weights file and of the modules' sides."""
     digest = hashlib.sha256(json.dumps({name: side.name for name, side in plan.sides.items()}, sort_keys=True).encode())
-    with open(plan.adapter.checkpoint.source, "rb") as file:
+    with Path(plan.adapter.checkpoint.source).open("rb") as file:
         while chunk := file.read(16 << 20):
             digest.update(chunk)
     return digest.hexdigest()

@@ -74,7 +74,7 @@ class Calibration:
             raise BDLoRAError("calibration: found neither --calibrate nor --moments, expected one of them")
         if self.max_tokens < 1 or self.sequence_length < 1:
             raise BDLoRAError(
-                f"calibration: found {self.max_tokens} tokens in sequences of {self.sequence_length}, expected at least 1"
+                f"calibration: found {self.max_tokens} tokens, sequences of {self.sequence_length}, expected at least 1"
             )
 
 

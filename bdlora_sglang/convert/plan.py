@@ -99,8 +99,8 @@ def _sides(adapter: Adapter, options: ConvertOptions) -> dict[str, BlockSide]:
     if adapter.kind == "BD-LoRA":
         if given:
             raise BDLoRAError(
-                f"--target-modules-bd-a, --target-modules-bd-b: found a BD-LoRA source ({adapter.config.source}), which "
-                "says its own sides, expected a plain LoRA"
+                f"--target-modules-bd-a, --target-modules-bd-b: found a BD-LoRA source ({adapter.config.source}), "
+                "which says its own sides, expected a plain LoRA"
             )
         return {module.name: module.side for module in adapter.modules.values()}
     if options.nblocks == 1 and not given:

@@ -59,6 +59,7 @@ def draw_error_against_parameters(
         BDLoRAError: matplotlib is missing, or it cannot write such a file.
     """
     try:
+        from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ImportError as error:
         raise BDLoRAError("--plot: found no matplotlib, expected it installed (pip install matplotlib)") from error
@@ -109,7 +110,8 @@ def draw_error_against_parameters(
     axes.set_title(f"{source:,} parameters as {plan.nblocks} blocks", pad=18, fontsize=10)
     axes.legend(fontsize=8)
     try:
-        # No date in the file: the same input gives the same bytes.
-        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+        # No date and no random names in the file: the same input gives the same bytes.
+        with rc_context({"svg.hashsalt": "bdlora"}):
+            figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
     except (ValueError, OSError) as failure:
         raise BDLoRAError(f"--plot: found '{path}' ({failure}), expected an image file to write") from failure

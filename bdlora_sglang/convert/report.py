@@ -118,7 +118,7 @@ class ConversionReport:
             f"- options: {', '.join(f'{key}={value}' for key, value in self.options.items()) or 'none'}",
             f"- rank: {ranks[0]}" + (f" to {ranks[-1]}, by module" if len(ranks) > 1 else ""),
             f"- parameters: {self.parameters:,} ({self.param_ratio:.4f} of the source's {self.source_parameters:,})",
-            f"- relative Frobenius error of the deltas: {self.error:.3e} (worst module {worst.error:.3e}, `{worst.name}`)",
+            f"- relative Frobenius error of the deltas: {self.error:.3e} (largest: {worst.error:.3e}, `{worst.name}`)",
         ]
         if self.activation_error is not None and self.uncalibrated_activation_error is not None:
             lines.append(

@@ -101,8 +101,8 @@ def energies(blocks: Sequence[Block], side: BlockSide, moments: torch.Tensor | N
 def moments_shape(blocks: Sequence[Block], side: BlockSide) -> tuple[int, ...]:
     """The shape of a module's moments ``E[z z^T]``, ``z_k = A_k x_k``; R is the largest rank of a block.
 
-    ``(N R, N R)`` for a row-parallel module of N blocks; ``(N, R, R)`` for a column-parallel one, ``(1, R, R)`` when the
-    blocks share one A.
+    ``(N R, N R)`` for a row-parallel module of N blocks; ``(N, R, R)`` for a column-parallel one, ``(1, R, R)`` when
+    its blocks share one A.
     """
     rank = max(block.rank for block in blocks)
     if side is BlockSide.A:

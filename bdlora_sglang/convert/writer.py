@@ -101,7 +101,7 @@ def header_room(names: Iterable[str], largest_metadata: Mapping[str, str]) -> in
         "shape": [largest, largest],
         "data_offsets": [largest, largest],
     }
-    return len(_header({name: worst for name in names}, largest_metadata))
+    return len(_header(dict.fromkeys(names, worst), largest_metadata))
 
 
 def _header(entries: Mapping[str, object], metadata: Mapping[str, str]) -> bytes:

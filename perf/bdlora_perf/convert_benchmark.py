@@ -1,8 +1,9 @@
 """Time and peak memory of ``bdlora convert`` on adapters of real sizes, random weights.
 
-Run ``python -m bdlora_perf.convert_benchmark --out perf/results/convert``. Every conversion runs in a process of its own,
-whose peak resident memory is the kernel's own count (VmHWM); "above the interpreter" is what it exceeds the same process
-after its imports by. The reference is the plain way for one module: form the dense delta, take the SVD of each block.
+Run ``python -m bdlora_perf.convert_benchmark --out perf/results/convert``. Every conversion runs in a process of its
+own, whose peak resident memory is the kernel's own count (VmHWM); "above the interpreter" is what it exceeds the same
+process after its imports by. The reference is the plain way for one module: form the dense delta, take the SVD of each
+block.
 """
 
 import argparse
@@ -165,7 +166,8 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         "",
         f"{results['adapter']}. {results['machine']}, {results['threads']} threads.",
         "",
-        "| adapter | size | conversion | seconds | GB/s | peak memory | above the interpreter | times the largest module |",
+        "| adapter | size | conversion | seconds | GB/s | peak memory | above the interpreter "
+        "| times the largest module |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for model, result in results["models"].items():

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from bdlora_perf.synthetic import make_adapter, make_model
 
 

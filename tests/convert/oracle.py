@@ -65,9 +65,9 @@ def dense_factors(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
         a, b = tensor.double(), tensors[name.replace(".lora_A.", ".lora_B.")].double()
         if bd and any(pattern in module for pattern in bd["target_modules_bd_a"]):
-            a = torch.block_diag(*a.chunk(bd["nblocks"]))
+            a = torch.block_diag(*a.chunk(bd["nblocks"]))  # type: ignore[no-untyped-call]
         elif bd and any(pattern in module for pattern in bd["target_modules_bd_b"]):
-            b = torch.block_diag(*b.chunk(bd["nblocks"]))
+            b = torch.block_diag(*b.chunk(bd["nblocks"]))  # type: ignore[no-untyped-call]
         factors[module] = b, a
     return factors
 

@@ -37,7 +37,7 @@ def dense(blocks: list[Block], side: BlockSide) -> torch.Tensor:
 shapes = st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(2, 7))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(shapes, st.sampled_from([2, 3]), st.integers(1, 3), st.sampled_from([3, 200]), st.integers(0, 2**16))
 def test_column_parallel_equals_the_dense_weighted_svd(
     shape: tuple[int, int, int], nblocks: int, cut: int, tokens: int, seed: int
@@ -60,7 +60,7 @@ def test_column_parallel_equals_the_dense_weighted_svd(
     assert errors.error_sq == pytest.approx(float((dense(found, BlockSide.B) - b @ a).square().sum()), rel=1e-6)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(shapes, st.sampled_from([2, 3]), st.integers(1, 3), st.sampled_from([3, 200]), st.integers(0, 2**16))
 def test_row_parallel_is_never_worse_than_each_block_on_its_own_nor_than_uncalibrated(
     shape: tuple[int, int, int], nblocks: int, cut: int, tokens: int, seed: int

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 import torch
@@ -127,7 +128,7 @@ def test_merging_blocks_keeps_the_rank_and_stores_the_zeros(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_scaling_by_patterns_and_rslora(use_rslora: bool, tmp_path: Path) -> None:
-    patterns = {"rank_pattern": {Q: 3}, "alpha_pattern": {O: 0.3}}
+    patterns: dict[str, Any] = {"rank_pattern": {Q: 3}, "alpha_pattern": {O: 0.3}}
     source = save_lora(tmp_path / "lora", SHAPES, rank=6, lora_alpha=7, use_rslora=use_rslora, **patterns)
     for nblocks in (2, 3, 6):
         bd = tmp_path / f"bd-{nblocks}"

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from bdlora_perf.synthetic import make_adapter
 
+from bdlora_perf.synthetic import make_adapter
 from bdlora_sglang.convert import ConvertOptions, RankChoice, bd2lora, lora2bd, reblock
 from tests.convert.oracle import deltas, relative_errors
 
