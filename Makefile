@@ -1,0 +1,44 @@
+# `make demo` and `make test` start from nothing but Python 3.10+ and make.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format clean
+
+help:
+	@echo "make demo    install, then serve a small model with four adapters and check every token against PEFT"
+	@echo "make test    install, then lint, check types and run the tests"
+	@echo "make lint    ruff, ruff format --check and mypy"
+	@echo "make format  mend what ruff can mend, and format"
+	@echo "make clean   remove caches, build outputs and the demo's files (not $(VENV))"
+
+install: $(INSTALLED)
+
+# The stamp spares the check of some 200 packages; pyproject.toml is all that an installation depends on.
+$(INSTALLED): pyproject.toml
+	@echo "Installing into $(VENV): SGLang and PyTorch take 11 GB and some minutes."
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --editable '.[serve,dev]'
+	@touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/bdlora demo
+
+test: lint
+	$(BIN)/python -m pytest --durations=15
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -not -path './$(VENV)/*' -type d -prune -exec rm -rf {} +
