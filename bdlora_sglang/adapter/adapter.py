@@ -74,7 +74,9 @@ class Adapter:
         pairs = _pair_factors(checkpoint)
         modules = {name: _check_module(name, *pairs[name], config, checkpoint) for name in sorted(pairs)}
         if not modules:
-            raise AdapterError(checkpoint.source, "adapter weights", "no LoRA tensors", "'<module>.lora_A.weight' and B")
+            raise AdapterError(
+                checkpoint.source, "adapter weights", "no LoRA tensors", "'<module>.lora_A.weight' and B"
+            )
         return cls(config, modules, checkpoint)
 
     @property
@@ -118,9 +120,7 @@ def _pair_factors(checkpoint: Checkpoint) -> dict[str, tuple[str, str]]:
     return {module: (names["A"], names["B"]) for module, names in factors.items()}
 
 
-def _check_module(
-    name: str, tensor_a: str, tensor_b: str, config: AdapterConfig, checkpoint: Checkpoint
-) -> LoRAModule:
+def _check_module(name: str, tensor_a: str, tensor_b: str, config: AdapterConfig, checkpoint: Checkpoint) -> LoRAModule:
     if not config.targets(name):
         raise AdapterError(
             checkpoint.source,

@@ -1,4 +1,4 @@
-"""Where an adapter's tensors come from: a safetensors file read slice by slice, or tensors that are already in memory."""
+"""Where an adapter's tensors come from: a safetensors file read slice by slice, or tensors already in memory."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,8 +14,8 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 # Files that hold weights as pickles. They run code when they are loaded, so they are refused and never opened.
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 
-# Pages that were read stay resident until the file is unmapped. A fresh map after this many bytes bounds the memory that
-# reading a whole adapter takes, at the price of parsing the header again.
+# Pages that were read stay resident until the file is unmapped. A fresh map after this many bytes bounds the memory
+# that reading a whole adapter takes, at the price of parsing the header again.
 _REMAP_BYTES = 16 << 20
 
 _SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -42,7 +42,7 @@ class SafetensorsCheckpoint:
     """``adapter_model.safetensors``. Only the header is read at first, and of each tensor only what is asked for."""
 
     def __init__(self, path: Path) -> None:
-        """Open the file; raises `AdapterError` when it is missing, truncated, corrupt, or a pickle stands in its place."""
+        """Open the file; raises `AdapterError` when it is missing, truncated, corrupt, or a pickle in its place."""
         self.source = str(path)
         self.bytes_read = 0
         if not path.is_file():
@@ -60,7 +60,7 @@ class SafetensorsCheckpoint:
             file: Any = safe_open(self.source, framework="pt")
         except (SafetensorError, OSError) as error:
             raise AdapterError(self.source, "adapter weights", str(error), "a whole safetensors file") from error
-        self._slices = {name: file.get_slice(name) for name in file.keys()}
+        self._slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # not a dict
         self._mapped_at = self.bytes_read
 
     def names(self) -> Iterable[str]:

@@ -38,8 +38,9 @@ def find_adapters(specs: Iterable[str]) -> list[NamedAdapter]:
             check_adapter_name(adapter.name)
             if adapter.name in adapters:
                 raise BDLoRAError(
-                    f"--adapters {spec}: adapter name '{adapter.name}': found it for '{adapters[adapter.name].path}' and "
-                    f"'{adapter.path}', expected names that differ (rename one with name=path)"
+                    f"--adapters {spec}: adapter name '{adapter.name}': found it for "
+                    f"'{adapters[adapter.name].path}' and '{adapter.path}', expected names that differ "
+                    "(rename one with name=path)"
                 )
             adapters[adapter.name] = adapter
     return list(adapters.values())
@@ -59,19 +60,19 @@ def _expand(spec: str) -> list[NamedAdapter]:
         return [NamedAdapter(name, path)]
     if _REPO_ID.match(spec):
         return [NamedAdapter(spec.rpartition("/")[2], spec)]
-    raise BDLoRAError(f"--adapters {spec}: found no such folder, expected a folder, name=path or a Hugging Face repo id")
+    raise BDLoRAError(
+        f"--adapters {spec}: found no such folder, expected a folder, name=path or a Hugging Face repo id"
+    )
 
 
 def check_adapter_name(name: object) -> None:
     """Raise `BDLoRAError` unless ``name`` can name an adapter in SGLang's API."""
     if not isinstance(name, str) or not name or name in {".", ".."} or re.search(r"[/\\=\s\x00-\x1f]", name):
-        raise BDLoRAError(
-            f"adapter name: found {name!r}, expected a name without path separators, '=' and white space"
-        )
+        raise BDLoRAError(f"adapter name: found {name!r}, expected a name without path separators, '=' and white space")
 
 
 def adapter_folder(path: str) -> Path:
-    """The local folder of an adapter; a repo id is downloaded (config and safetensors alone) or taken from the cache."""
+    """The local folder of an adapter; a repo id is downloaded (config and safetensors alone) or found in the cache."""
     folder = Path(path)
     if folder.exists() or not _REPO_ID.match(path):
         return folder
@@ -79,4 +80,6 @@ def adapter_folder(path: str) -> Path:
         return Path(snapshot_download(path, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME, "added_tokens.json"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise BDLoRAError(f"adapter '{path}': found no such folder and no such repo ({reason}), expected one") from error
+        raise BDLoRAError(
+            f"adapter '{path}': found no such folder and no such repo ({reason}), expected one"
+        ) from error

@@ -123,7 +123,9 @@ def _read(adapter: Adapter, name: str, rows: range, columns: range, dtype: torch
     tensor = stored.to(dtype)
     if stored.dtype != dtype and not torch.isfinite(tensor).all():
         largest = stored.abs().max().item()
-        raise AdapterError(adapter.checkpoint.source, f"tensor '{name}'", f"a value of {largest}", f"the range of {dtype}")
+        raise AdapterError(
+            adapter.checkpoint.source, f"tensor '{name}'", f"a value of {largest}", f"the range of {dtype}"
+        )
     return tensor
 
 

@@ -17,8 +17,8 @@ class Slice:
     """One small LoRA inside a slot: ``y[:, outputs] += scaling * (x[:, inputs] @ A.T) @ B.T``.
 
     A is ``(rank, input_size)`` and row-major at ``a_offset`` of the slot; B is ``(output_size, rank)`` and row-major at
-    ``b_offset``. q, k and v are slices of a fused qkv layer, and the blocks of an adapter with more blocks than ranks are
-    slices too. Slices that read the same inputs lie one behind the other, so that their A factors form one matrix.
+    ``b_offset``. q, k and v are slices of a fused qkv layer, and the blocks of an adapter with more blocks than ranks
+    are slices too. Slices that read the same inputs lie one behind the other, so that their A factors form one matrix.
     """
 
     input_start: int

@@ -9,13 +9,11 @@ from bdlora_kernels.layout import LayerFactors, Slice
 from bdlora_kernels.segments import Segment
 
 
-def add_lora_delta(
-    y_TO: torch.Tensor, x_TI: torch.Tensor, factors: LayerFactors, segments: Sequence[Segment]
-) -> None:
+def add_lora_delta(y_TO: torch.Tensor, x_TI: torch.Tensor, factors: LayerFactors, segments: Sequence[Segment]) -> None:
     """``y[t, outputs] += scaling * (x[t, inputs] @ A.T) @ B.T`` in place, for each token t and each slice of its slot.
 
     One matrix product a segment for the A factors that read the same inputs, and one for each slice's B; no loop over
-    tokens. Tokens in no segment are not touched. Types narrower than float32 are multiplied as they are, like PEFT does.
+    tokens. Tokens in no segment are not touched. Types narrower than float32 are multiplied as they are, as in PEFT.
     """
     for segment in segments:
         slices = factors.slices[segment.slot]

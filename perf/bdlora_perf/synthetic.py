@@ -53,8 +53,8 @@ _ARCHITECTURES: dict[str, dict[str, Any]] = {
 ARCHITECTURES = tuple(_ARCHITECTURES)
 
 # Standard deviations, for inputs of unit variance. The layers must weigh more than the embedding they are added to, or
-# the model repeats its last token, most of all where the embedding also makes the logits. The logits must spread, or the
-# two largest are too close for greedy decoding to be the same in two engines that round differently.
+# the model repeats its last token, most of all where the embedding also makes the logits. The logits must spread, or
+# the two largest are too close for greedy decoding to be the same in two engines that round differently.
 _LOGIT_STD = 3.0
 _RESIDUAL_GAIN = 3.0
 _TIED_RESIDUAL_GAIN = 48.0
@@ -81,7 +81,7 @@ def make_model(folder: str | Path, architecture: str = "llama", *, seed: int = 0
 
     config = AutoConfig.for_model(architecture, **{**_SHAPE, **_ARCHITECTURES[architecture], **overrides})
     config.dtype = torch.float32
-    model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    model = AutoModelForCausalLM.from_config(config)
     _fill_weights(model, torch.Generator().manual_seed(seed), zero_centred_norms=architecture == "gemma")
     folder = Path(folder)
     with _no_progress_bar():
@@ -95,12 +95,12 @@ def _no_progress_bar() -> Iterator[None]:
     from transformers.utils import logging
 
     enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         if enabled:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+            logging.enable_progress_bar()
 
 
 def _fill_weights(model: "PreTrainedModel", generator: torch.Generator, zero_centred_norms: bool) -> None:
@@ -170,7 +170,7 @@ def make_adapter(
         )
     config = LoraConfig(
         r=rank,
-        lora_alpha=2 * rank if alpha is None else alpha,  # type: ignore[arg-type]  # PEFT takes any number
+        lora_alpha=2 * rank if alpha is None else alpha,  # PEFT takes any number
         use_rslora=use_rslora,
         rank_pattern=dict(rank_pattern or {}),
         alpha_pattern=dict(alpha_pattern or {}),
@@ -180,7 +180,7 @@ def make_adapter(
         task_type="CAUSAL_LM",
     )
     with torch.device("meta"):  # shapes are all that is needed of the base model, so its size does not matter
-        base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_folder))  # type: ignore[no-untyped-call]
+        base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_folder))
         model = get_peft_model(base, config)
     generator = torch.Generator().manual_seed(seed)
     weights: dict[str, torch.Tensor] = {}

@@ -49,7 +49,7 @@ def make_tokenizer() -> "PreTrainedTokenizerFast":
     tokenizer.train_from_iterator(_SENTENCES, trainer)
     assert tokenizer.get_vocab_size() == VOCAB_SIZE
     assert [tokenizer.token_to_id(token) for token in _SPECIAL_TOKENS[:2]] == [BOS_ID, EOS_ID]
-    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<|bos|>", eos_token="<|endoftext|>", pad_token="<|endoftext|>"
     )
     fast.chat_template = _CHAT_TEMPLATE

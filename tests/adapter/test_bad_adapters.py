@@ -1,8 +1,9 @@
-"""Adapters that cannot be used: each is refused with the file, the tensor or field, what is there and what should be."""
+"""Adapters that cannot be used: each is refused with the file, the tensor or field, what is there, what should be."""
 
 import copy
 import pickle
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -175,11 +176,12 @@ def test_config_against_tensors(
 ) -> None:
     draft = Draft()
     spoil(draft)
+    if in_memory:
+        load = partial(Adapter.from_tensors, draft.tensors, draft.config, "spoilt")
+    else:
+        load = partial(Adapter.open, draft.save(tmp_path / "spoilt"))
     with pytest.raises(AdapterError) as caught:
-        if in_memory:
-            Adapter.from_tensors(draft.tensors, draft.config, "spoilt")
-        else:
-            Adapter.open(draft.save(tmp_path / "spoilt"))
+        load()
     source = caught.value.source
     assert source == "spoilt" if in_memory else source in {str(tmp_path / "spoilt" / n) for n in (CONFIG, WEIGHTS)}
     assert_refused(caught.value, source, subject, found, expected)

@@ -123,7 +123,7 @@ def test_ranks_together_are_peft(nblocks: int | None, fields: dict[str, Any], tm
 @pytest.mark.parametrize("nblocks", [1, 2, 3, 4, 8], ids=lambda n: f"{n}-blocks")
 @pytest.mark.parametrize("tp_size", [2, 3, 4, 8], ids=lambda n: f"tp{n}")
 def test_replicated_kv_heads(nblocks: int, tp_size: int, tmp_path: Path) -> None:
-    """Two KV heads of 24 features: ranks ``i`` and ``i + 1`` may own the same whole head, which meets several blocks."""
+    """Two KV heads of 24 features: ranks ``i`` and ``i + 1`` may own one whole head, which meets several blocks."""
     adapter, forwards = peft_adapter(tmp_path, 96, 48, lora_config(nblocks))
     for tp_rank in range(tp_size):
         head = tp_rank * 2 // tp_size

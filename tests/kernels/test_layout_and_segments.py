@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+
 from bdlora_kernels import LayerFactors, Segment, UnpackedSlice, group_tokens, pack
 from bdlora_kernels.layout import ALIGNMENT, align
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+
 from bdlora_kernels import LayerFactors, UnpackedSlice, add_lora_delta, group_tokens, pack
 
 INPUTS, OUTPUTS = 67, 53  # odd, so that nothing is aligned by luck
@@ -94,7 +95,7 @@ def make_factors(
 def dense(
     y_TO: torch.Tensor, x_TI: torch.Tensor, unpacked: list[list[UnpackedSlice]], requests: list[tuple[int, int]]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The result in float64; for each element the sum of the magnitudes that went into it; and whether any slice did."""
+    """The result in float64; for each element the sum of the magnitudes that went in; and whether any slice did."""
     expected, magnitude = y_TO.double(), y_TO.double().abs()
     touched = torch.zeros(y_TO.shape, dtype=torch.bool)
     slot_of_token = [slot for slot, length in requests for _ in range(length)]
