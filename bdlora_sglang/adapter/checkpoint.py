@@ -62,6 +62,7 @@ class SafetensorsCheckpoint:
             raise AdapterError(self.source, "adapter weights", str(error), "a whole safetensors file") from error
         self._slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # not a dict
         self._mapped_at = self.bytes_read
+        self._identity = _identity(self.source)
 
     def names(self) -> Iterable[str]:
         return self._slices.keys()
@@ -83,7 +84,8 @@ class SafetensorsCheckpoint:
         # A clone, because the view keeps the whole file mapped.
         tensor = view.clone(memory_format=torch.contiguous_format)
         del view
-        if self.bytes_read - self._mapped_at > _REMAP_BYTES:
+        # A file that was put in its place in the meantime is another one: the old map goes on showing ours.
+        if self.bytes_read - self._mapped_at > _REMAP_BYTES and _identity(self.source) == self._identity:
             self._map()
         return _checked(self, name, tensor)
 
@@ -111,6 +113,14 @@ class TensorCheckpoint:
     def read(self, name: str, rows: range, columns: range) -> torch.Tensor:
         view = self._tensors[name][rows.start : rows.stop, columns.start : columns.stop]
         return _checked(self, name, view.detach().cpu().clone(memory_format=torch.contiguous_format))
+
+
+def _identity(path: str) -> tuple[int, ...] | None:
+    try:
+        status = Path(path).stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _checked(checkpoint: Checkpoint, name: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -85,8 +85,8 @@ def print_report(report: ConversionReport) -> None:
         )
     if report.above_max_error:
         _console.print(
-            f"[yellow]{len(report.above_max_error)} modules stay above --max-error {report.max_error}, by the budget or "
-            f"by rounding to {str(report.dtype).removeprefix('torch.')}[/yellow]"
+            f"[yellow]{len(report.above_max_error)} modules stay above --max-error {report.max_error}, by the budget "
+            f"or by rounding to {str(report.dtype).removeprefix('torch.')}[/yellow]"
         )
 
 

@@ -1,9 +1,9 @@
 """Time and peak memory of ``bdlora convert`` on adapters of real sizes, random weights.
 
 Run ``python -m bdlora_perf.convert_benchmark --out perf/results/convert``. Every conversion runs in a process of its
-own, whose peak resident memory is the kernel's own count (VmHWM); "above the interpreter" is what it exceeds the same
-process after its imports by. The reference is the plain way for one module: form the dense delta, take the SVD of each
-block.
+own, whose peak resident memory is the kernel's own count (VmHWM); "above the interpreter" is by how much it exceeds the
+same process after its imports. The reference is the plain way for one module: form the dense delta, take the SVD of
+each block.
 """
 
 import argparse
