@@ -8,6 +8,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from bdlora_sglang.adapter.adapter import Adapter
 from bdlora_sglang.adapter.checkpoint import WEIGHTS_NAME
 from bdlora_sglang.adapter.config import CONFIG_NAME
 from bdlora_sglang.errors import BDLoRAError
@@ -44,6 +45,14 @@ def find_adapters(specs: Iterable[str]) -> list[NamedAdapter]:
                 )
             adapters[adapter.name] = adapter
     return list(adapters.values())
+
+
+def open_adapters(specs: Iterable[str]) -> list[NamedAdapter]:
+    """`find_adapters`, with each adapter's config and tensor shapes checked; raises `AdapterError` too."""
+    named = find_adapters(specs)
+    for adapter in named:
+        Adapter.open(adapter_folder(adapter.path))
+    return named
 
 
 def _expand(spec: str) -> list[NamedAdapter]:

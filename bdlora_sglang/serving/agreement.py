@@ -1,8 +1,8 @@
 """Ranks load an adapter together or not at all.
 
 Each rank reads its own part, so one rank alone can fail: its part is corrupt, its node lacks the file, its memory is
-full. SGLang's scheduler answers with the first rank's result only, and a rank without the adapter would die at the first
-request for it.
+full. SGLang's scheduler answers with the first rank's result only, and a rank without the adapter would die at the
+first request for it.
 """
 
 from collections.abc import Callable, Sequence

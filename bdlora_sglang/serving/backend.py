@@ -3,12 +3,12 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from bdlora_kernels import add_lora_delta, group_tokens
 from sglang.srt.lora.backend.base_backend import BaseLoRABackend
 from sglang.srt.lora.backend.lora_registry import register_lora_backend
 from sglang.srt.lora.utils import generate_sequence_lengths
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
+from bdlora_kernels import add_lora_delta, group_tokens
 from bdlora_sglang.errors import BDLoRAError
 from bdlora_sglang.serving.layers import ColumnParallelLinearWithBDLoRA, RowParallelLinearWithBDLoRA
 
@@ -41,11 +41,14 @@ class BDLoRABackend(BaseLoRABackend):
     ) -> torch.Tensor:
         """Base output plus delta, reduced once where the layer reduces (SGLang: ``BaseLoRABackend``)."""
         output = base_fn()
+        assert self.batch_info is not None, "the layers ask `lora_active` first"
         add_lora_delta(output, x, layer.factors, self.batch_info)
         return output if all_reduce is None else all_reduce(output)
 
     def init_decode_cuda_graph_batch_info(self, max_bs_in_cuda_graph: int, num_tokens_per_req: int) -> None:
-        raise BDLoRAError("BD-LoRA: found CUDA graphs enabled, expected --disable-cuda-graph: they are not supported yet")
+        raise BDLoRAError(
+            "--cuda-graph-backend-decode: found CUDA graphs enabled, expected 'disabled': they are not supported yet"
+        )
 
 
 @register_lora_backend(BACKEND_NAME)

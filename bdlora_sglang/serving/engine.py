@@ -42,6 +42,7 @@ class Engine(SGLangEngine):
         )
         super().__init__(**kwargs)
 
+
 def launch_server(server_args: ServerArgs, options: ServingOptions) -> None:
     """Run SGLang's HTTP server with BD-LoRA inside until it is stopped."""
     sglang_launch_server(server_args, run_scheduler_process_func=partial(run_scheduler_process, options=options))
@@ -51,8 +52,8 @@ def check_sglang_version(allow_untested: bool) -> None:
     """Raise `BDLoRAError` for an SGLang that was not tested, unless the user says to go on."""
     if sglang.__version__ not in TESTED_SGLANG and not allow_untested:
         raise BDLoRAError(
-            f"SGLang: found version {sglang.__version__}, expected {' or '.join(TESTED_SGLANG)}, which BD-LoRA was tested "
-            "with; go on at your own risk with --allow-untested-sglang (Engine: allow_untested_sglang=True)"
+            f"SGLang: found version {sglang.__version__}, expected {' or '.join(TESTED_SGLANG)}, which BD-LoRA was "
+            "tested with; go on at your own risk with --allow-untested-sglang (Engine: allow_untested_sglang=True)"
         )
 
 

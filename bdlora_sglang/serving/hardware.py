@@ -6,6 +6,8 @@ import torch
 
 from bdlora_sglang.serving.platform import PLATFORM_NAME
 
+_NO_CUDA_GRAPHS: dict[str, object] = {"cuda_graph_backend_decode": "disabled", "cuda_graph_backend_prefill": "disabled"}
+
 
 def has_accelerator() -> bool:
     """Whether SGLang would find a device other than the CPU, or the user chose a platform by hand."""
@@ -22,7 +24,7 @@ def use_cpu_platform(num_ranks: int) -> None:
 
 
 def bind_cores(cores: list[int], num_ranks: int) -> str:
-    """SGLang's ``SGLANG_CPU_OMP_THREADS_BIND``: cores of rank 0 | cores of rank 1 | ...; ranks share when there are few."""
+    """SGLang's ``SGLANG_CPU_OMP_THREADS_BIND``: cores of rank 0 | cores of rank 1 | ...; ranks share few cores."""
     share = max(1, len(cores) // num_ranks)
     groups = ([cores[(rank * share + i) % len(cores)] for i in range(share)] for rank in range(num_ranks))
     return "|".join(",".join(map(str, group)) for group in groups)
@@ -35,7 +37,7 @@ def cpu_defaults() -> dict[str, object]:
         "attention_backend": "torch_native",
         "sampling_backend": "pytorch",
         "grammar_backend": "none",
-        "disable_cuda_graph": True,
+        **_NO_CUDA_GRAPHS,
         # SGLang would size the KV cache by the whole memory of the machine, on every rank.
         "mem_fraction_static": 0.2,
         "max_total_tokens": 16384,
@@ -43,5 +45,5 @@ def cpu_defaults() -> dict[str, object]:
 
 
 def gpu_defaults() -> dict[str, object]:
-    """SGLang server arguments for a GPU."""
-    return {"disable_cuda_graph": True}
+    """SGLang server arguments for a GPU, where the kernel runs eagerly."""
+    return dict(_NO_CUDA_GRAPHS)

@@ -4,34 +4,28 @@ from collections.abc import Mapping, Sequence
 
 from sglang.srt.server_args import ServerArgs, prepare_server_args
 
-from bdlora_sglang.adapter import Adapter
-from bdlora_sglang.adapter.locate import NamedAdapter, adapter_folder, find_adapters
+from bdlora_sglang.adapter.locate import NamedAdapter
 from bdlora_sglang.errors import BDLoRAError
-from bdlora_sglang.model_names import resolve_model
 from bdlora_sglang.serving.engine import platform_defaults
 
 
-def server_args(model: str, tp: int, adapters: Sequence[str], sglang_flags: Sequence[str]) -> ServerArgs:
-    """SGLang's server arguments, with every check that needs no server made first.
+def server_args(model_path: str, tp: int, adapters: Sequence[NamedAdapter], sglang_flags: Sequence[str]) -> ServerArgs:
+    """SGLang's server arguments.
 
     Args:
-        model: path, repo id or short name.
+        model_path: a path, repo id or URL, as `resolve_model` gives it.
         tp: tensor-parallel degree.
-        adapters: see `find_adapters`.
+        adapters: those to load at start.
         sglang_flags: flags that SGLang reads itself, as they were typed.
 
     Raises:
-        BDLoRAError: no such model, or flags that contradict each other.
-        AdapterError: an adapter that cannot be served.
+        BDLoRAError: flags that contradict each other.
     """
-    named = find_adapters(adapters)
-    for adapter in named:
-        Adapter.open(adapter_folder(adapter.path))
-    if named and "--lora-paths" in sglang_flags:
+    if adapters and "--lora-paths" in sglang_flags:
         raise BDLoRAError("--lora-paths: found both it and --adapters, expected one of them")
     defaults = platform_defaults(tp, _int_flag(sglang_flags, ("--dp-size", "--data-parallel-size", "--dp")))
-    argv = ["--model-path", resolve_model(model), "--tp-size", str(tp), *sglang_flags]
-    return prepare_server_args([*argv, *_missing_flags(defaults, sglang_flags), *_lora_flags(named)])
+    argv = ["--model-path", model_path, "--tp-size", str(tp), *sglang_flags]
+    return prepare_server_args([*argv, *_missing_flags(defaults, sglang_flags), *_lora_flags(adapters)])
 
 
 def _lora_flags(adapters: Sequence[NamedAdapter]) -> list[str]:
@@ -52,7 +46,7 @@ def _missing_flags(defaults: Mapping[str, object], given: Sequence[str]) -> list
 
 def _int_flag(flags: Sequence[str], names: Sequence[str], default: int = 1) -> int:
     """The value of a flag that SGLang parses later and the platform must know now."""
-    for word, following in zip(flags, [*flags[1:], ""], strict=True):
+    for word, following in zip(flags, [*flags[1:], ""], strict=False):
         name, separator, value = word.partition("=")
         if name in names:
             value = value if separator else following

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from bdlora_kernels import LayerFactors
 from sglang.srt.distributed.utils import get_group_rank_size
 from sglang.srt.layers.linear import (
     ColumnParallelLinear,
@@ -20,6 +19,7 @@ from sglang.srt.lora.layers import (
     RowParallelLinearWithLoRA,
 )
 
+from bdlora_kernels import LayerFactors
 from bdlora_sglang.adapter import ModuleShard
 from bdlora_sglang.errors import BDLoRAError
 

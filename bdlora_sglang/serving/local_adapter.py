@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from bdlora_kernels import PackedFactors, UnpackedSlice, pack
 
+from bdlora_kernels import PackedFactors, UnpackedSlice, pack
 from bdlora_sglang.adapter import Adapter, LoRAModule, read_slice, slice_module
 from bdlora_sglang.errors import AdapterError
 from bdlora_sglang.serving.layers import FUSED_MODULES, ServedModule, module_key
@@ -53,9 +53,7 @@ def load_local_adapter(
             local_rank = max(local_rank, sum(part.rank for part in slices))
             for part in slices:
                 factors = read_slice(adapter, part, dtype)
-                parts.append(
-                    UnpackedSlice(factors.a, factors.b, part.input_start, part.output_start, part.scaling)
-                )
+                parts.append(UnpackedSlice(factors.a, factors.b, part.input_start, part.output_start, part.scaling))
         if parts:
             packed = pack(parts)
             layers[layer] = _pin(packed) if pin_memory else packed
@@ -79,7 +77,9 @@ def _find(module: LoRAModule, adapter: Adapter, served: Mapping[str, ServedModul
         kinds = sorted({key.rpartition(".")[2] for key in served})
         layers = [int(key.split(".")[1]) for key in served if key.startswith("layers.")]
         expected = f"one of {', '.join(kinds)} in layers 0 to {max(layers, default=0)}"
-        raise AdapterError(source, f"module '{module.name}'", "no such parallel linear layer in the base model", expected)
+        raise AdapterError(
+            source, f"module '{module.name}'", "no such parallel linear layer in the base model", expected
+        )
     for what, tensor, size, expected_size in (
         ("input features", module.tensor_a, module.in_features, found.in_features),
         ("output features", module.tensor_b, module.out_features, found.out_features),

@@ -44,7 +44,7 @@ class BDLoRAManager(LoRAManager):
         self.loras: dict[str, LocalAdapter]
         super().__init__(*args, lora_backend=BACKEND_NAME, **kwargs)
 
-    # --- loading -----------------------------------------------------------------------------------------------------
+    # --- loading ---------------------------------------------------------------------------------------------
 
     def init_lora_adapters(self, lora_paths: list[LoRARef] | None = None) -> None:
         self.served = served_modules(self.base_model, self.base_hf_config)
@@ -103,7 +103,7 @@ class BDLoRAManager(LoRAManager):
         fields = {"target_modules": adapter.config.target_modules, **adapter.config.raw}
         return LoRAConfig.from_dict(fields, added_tokens, base_vocab_size=self.base_hf_config.vocab_size)
 
-    # --- start ---------------------------------------------------------------------------------------------------------
+    # --- start -----------------------------------------------------------------------------------------------
 
     def init_state(
         self,
@@ -185,7 +185,7 @@ class BDLoRAManager(LoRAManager):
             for name, module in by_name.items():
                 module.set_lora_info(self.memory_pool.factors[name])
 
-    # --- batches -------------------------------------------------------------------------------------------------------
+    # --- batches ---------------------------------------------------------------------------------------------
 
     def prepare_lora_batch(self, forward_batch: ForwardBatch) -> None:
         slots = [

@@ -2,14 +2,15 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from bdlora_kernels import LayerFactors
-from bdlora_kernels.layout import align
 from sglang.srt.layers.linear import RowParallelLinear
 from sglang.srt.lora.lora_config import LoRAConfig
 from sglang.srt.lora.mem_pool import LoRAMemoryPool
 
+from bdlora_kernels import LayerFactors
+from bdlora_kernels.layout import align
 from bdlora_sglang.errors import BDLoRAError
 from bdlora_sglang.serving.local_adapter import LocalAdapter
 
@@ -25,8 +26,8 @@ class SlotSize:
         return SlotSize(max(self.a, other.a), max(self.b, other.b))
 
 
-def slot_sizes_for_rank(layers: Mapping[str, torch.nn.Module], local_rank: int) -> dict[str, SlotSize]:
-    """Slots that fit any adapter of at most ``local_rank`` on this rank, for layers by name."""
+def slot_sizes_for_rank(layers: Mapping[str, Any], local_rank: int) -> dict[str, SlotSize]:
+    """Slots that fit any adapter of at most ``local_rank`` on this rank, for SGLang's parallel layers by name."""
     sizes = {}
     for name, layer in layers.items():
         if isinstance(layer, RowParallelLinear):

@@ -1,4 +1,4 @@
-"""The scheduler process of one rank: what ``sglang.srt.managers.scheduler.run_scheduler_process`` does, with our scheduler."""
+"""The scheduler process of one rank: SGLang's ``managers.scheduler.run_scheduler_process``, with our scheduler."""
 
 import logging
 import os
@@ -43,9 +43,7 @@ def run_scheduler_process(
     load_plugins()
     dp_rank = resolve_spawn_dp_rank(dp_rank)
     world_rank = spawn_world_rank(server_args, tp_rank=tp_rank, pp_rank=pp_rank)
-    publish(
-        server_args, role="scheduler", ranks=SpawnRanks(world_rank=world_rank, dp_rank=dp_rank, gpu_id=gpu_id)
-    )
+    publish(server_args, role="scheduler", ranks=SpawnRanks(world_rank=world_rank, dp_rank=dp_rank, gpu_id=gpu_id))
     configure_scheduler_process(
         server_args,
         gpu_id,

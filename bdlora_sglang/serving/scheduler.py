@@ -1,4 +1,4 @@
-"""The way from SGLang's scheduler down to our LoRA manager, one small override a class, and the proof that it is in use."""
+"""From SGLang's scheduler down to our LoRA manager, one small override a class, and the proof that it is in use."""
 
 from typing import Any
 

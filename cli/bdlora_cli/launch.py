@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from bdlora_sglang.model_names import MODEL_NAMES
+from bdlora_sglang.model_names import MODEL_NAMES, resolve_model
 
 _HELP = """Start SGLang's server with BD-LoRA inside.
 
@@ -42,7 +42,12 @@ def launch(
         bool, typer.Option("--allow-untested-sglang", help="Go on with an SGLang that BD-LoRA was not tested with.")
     ] = False,
 ) -> None:
-    # SGLang takes many seconds to import, and --help does not need it.
+    # First what needs no SGLang, which takes many seconds to import.
+    from bdlora_sglang.adapter.locate import open_adapters
+
+    model_path = resolve_model(model)
+    named = open_adapters(adapters or [])
+
     from sglang.srt.utils import kill_process_tree
 
     from bdlora_sglang.serving import engine, launch
@@ -52,7 +57,7 @@ def launch(
     engine.check_sglang_version(allow_untested_sglang)
     if not has_accelerator():
         typer.echo("No GPU here: serving on the CPU platform (torch-native attention, gloo, no CUDA graphs).")
-    arguments = launch.server_args(model, tp, adapters or [], context.args)
+    arguments = launch.server_args(model_path, tp, named, context.args)
     try:
         engine.launch_server(arguments, ServingOptions(max_local_rank))
     finally:

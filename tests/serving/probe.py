@@ -1,4 +1,4 @@
-"""A scheduler that measures itself: what it holds, beside what SGLang's own pool would hold, and that SGLang is as it was."""
+"""A scheduler that measures itself: what it holds, what SGLang's own pool would hold, and that SGLang is as it was."""
 
 import inspect
 import json
@@ -83,6 +83,7 @@ class ProbedScheduler(BDLoRAScheduler):
             "sglang_pool_bytes": sglang_bytes,
             "bdlora_pool_bytes": bdlora_bytes,
             "adapters": {
-                lora.name: {"host_bytes": lora.num_bytes, "bytes_read": lora.bytes_read} for lora in manager.loras.values()
+                lora.name: {"host_bytes": lora.num_bytes, "bytes_read": lora.bytes_read}
+                for lora in manager.loras.values()
             },
         }

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from bdlora_perf.reference import PeftReference
 from safetensors.torch import load_file
 
+from bdlora_perf.reference import PeftReference
 from tests.serving.probe import PROBE_FOLDER
 from tests.serving.zoo import PROMPTS, Zoo
 
@@ -123,7 +123,9 @@ def test_a_pinned_adapter_may_not_take_the_last_slots(probed: Probed, zoo: Zoo) 
 
 
 def test_bfloat16_adapter_on_a_float32_model(probed: Probed, zoo: Zoo) -> None:
-    path = zoo.adapter(zoo.model("llama"), f"bf16-bd{probed.tp}", rank=8, nblocks=probed.tp, dtype=torch.bfloat16, seed=9)
+    path = zoo.adapter(
+        zoo.model("llama"), f"bf16-bd{probed.tp}", rank=8, nblocks=probed.tp, dtype=torch.bfloat16, seed=9
+    )
     assert probed.engine.load_lora_adapter("bf16", str(path)).success
     assert probed.tokens("bf16", PROMPTS[0]) == probed.reference.generate(PROMPTS[0], path, NEW_TOKENS).tokens
     assert probed.engine.unload_lora_adapter("bf16").success

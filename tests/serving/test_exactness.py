@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+
 from bdlora_perf.collectives import count_collectives
 from bdlora_perf.reference import PeftReference
-
 from tests.serving.conftest import running_engine
 from tests.serving.zoo import PROMPTS, Zoo
 
@@ -71,7 +71,8 @@ def assert_equals_peft(case: Case) -> None:
         label = f"{name}, prompt of {len(prompt)}"
         assert answer["output_ids"] == expected.tokens, f"{label}: smallest logit gap {min(expected.gaps)}"
         logprobs = [entry[0] for entry in answer["meta_info"]["output_token_logprobs"]]
-        torch.testing.assert_close(logprobs, expected.logprobs, atol=1e-4, rtol=0, msg=lambda m: f"{label}: {m}")
+        error = max(abs(a - b) for a, b in zip(logprobs, expected.logprobs, strict=True))
+        assert error < 1e-4, label
 
 
 def test_tokens_and_logprobs_equal_peft(case: Case) -> None:
@@ -93,8 +94,6 @@ def test_padded_layers_equal_peft(padded_case: Case) -> None:
 
 def test_lora_adds_no_collectives(case: Case, tmp_path: Path) -> None:
     """The same collectives, of the same sizes, with adapters and without, on every rank."""
-    if case.tp == 1:
-        pytest.skip("one rank has no collectives")
     # Prompts that no radix cache has seen, or the forwards would differ in length.
     names: dict[str, list[str | None]] = {"base": [None] * 4, "lora": [*list(case.adapters)[1::3], None]}
     counts = {}
@@ -111,7 +110,7 @@ def test_lora_adds_no_collectives(case: Case, tmp_path: Path) -> None:
     for rank, counter in counts["base"].items():
         # Three forwards; embedding, attention output and MLP output of each layer reduce once.
         reduced = Counter({c: n for c, n in counter.items() if c.operation == "all_reduce"})
-        assert sum(reduced.values()) == 3 * (1 + 2 * layers), (rank, reduced)
+        assert sum(reduced.values()) == (3 * (1 + 2 * layers) if case.tp > 1 else 0), (rank, reduced)
 
 
 def test_bfloat16_is_as_close_as_sglang_is(bfloat16_case: Case, record_property: Any) -> None:

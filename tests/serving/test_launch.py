@@ -1,0 +1,151 @@
+"""What ``bdlora launch`` makes of its words, and what it refuses before any server starts."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bdlora_sglang.adapter.locate import find_adapters, open_adapters
+from bdlora_sglang.errors import AdapterError, BDLoRAError
+from bdlora_sglang.model_names import MODEL_NAMES, resolve_model
+from tests.serving.zoo import Zoo
+
+
+@pytest.fixture(autouse=True)
+def same_environment() -> Iterator[None]:
+    """Choosing the CPU platform sets environment variables, for the children of a real launch."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture
+def model(zoo: Zoo) -> Path:
+    return zoo.model("llama")
+
+
+@pytest.fixture
+def adapter(zoo: Zoo, model: Path) -> Path:
+    return zoo.adapter(model, "bd2-r8", rank=8, nblocks=2, seed=4)
+
+
+def server_args(model: Path, tp: int, adapters: list[str], flags: list[str]) -> Any:
+    from bdlora_sglang.serving.launch import server_args
+
+    return server_args(resolve_model(str(model)), tp, open_adapters(adapters), flags)
+
+
+def test_sglangs_flags_pass_through(model: Path, adapter: Path) -> None:
+    flags = ["--port", "31000", "--mem-fraction-static", "0.33", "--max-loras-per-batch", "5", "--api-key", "secret"]
+    flags += ["--enable-metrics", "--nnodes", "2", "--node-rank", "1", "--dist-init-addr", "host:1234"]
+    args = server_args(model, 2, [str(adapter)], flags)
+    assert (args.port, args.mem_fraction_static, args.max_loras_per_batch) == (31000, 0.33, 5)
+    assert (args.api_key, args.enable_metrics) == ("secret", True)
+    assert (args.nnodes, args.node_rank, args.dist_init_addr) == (2, 1, "host:1234")
+    assert (args.tp_size, args.model_path) == (2, str(model))
+    assert args.lora_paths == [f"bd2-r8={adapter}"]
+
+
+def test_the_machines_defaults_give_way_to_the_user(model: Path) -> None:
+    args = server_args(model, 1, [], ["--max-total-tokens", "99", "--attention-backend=torch_native"])
+    assert args.max_total_tokens == 99
+    assert server_args(model, 1, [], []).max_total_tokens != 99
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks", "expected"),
+    [([0, 1], 1, "0,1"), ([0, 1], 2, "0|1"), ([0, 1], 4, "0|1|0|1"), ([0, 1, 2, 3, 4], 2, "0,1|2,3")],
+)
+def test_cores_are_shared_out(cores: list[int], ranks: int, expected: str) -> None:
+    from bdlora_sglang.serving.hardware import bind_cores
+
+    assert bind_cores(cores, ranks) == expected
+
+
+def test_a_folder_of_adapters(zoo: Zoo, model: Path, adapter: Path) -> None:
+    other = zoo.adapter(model, "plain-r16", rank=16, seed=1)
+    found = find_adapters([str(adapter.parent)])
+    assert {"bd2-r8", "plain-r16"} <= {item.name for item in found}
+    assert [item.name for item in found] == sorted(item.name for item in found)
+    assert [(item.name, item.path) for item in find_adapters([f"mine={other}", str(adapter)])] == [
+        ("mine", str(other)),
+        ("bd2-r8", str(adapter)),
+    ]
+    assert find_adapters(["org/some-adapter"])[0].name == "some-adapter"
+
+
+@pytest.mark.parametrize(
+    ("specs", "words"),
+    [
+        (["{a}", "{a}"], ["bd2-r8", "names that differ"]),
+        (["x={a}", "x={a}"], ["'x'"]),
+        (["a/b={a}"], ["'a/b'", "path separators"]),
+        (["={a}"], ["''"]),
+        (["./nowhere/at/all"], ["./nowhere/at/all", "no such folder"]),
+        (["{empty}"], ["adapter_config.json", "subfolders"]),
+    ],
+    ids=["same folder twice", "same name", "separator", "no name", "nowhere", "empty folder"],
+)
+def test_bad_adapter_specs(adapter: Path, tmp_path: Path, specs: list[str], words: list[str]) -> None:
+    with pytest.raises(BDLoRAError) as raised:
+        find_adapters([spec.format(a=adapter, empty=tmp_path) for spec in specs])
+    for word in ["--adapters" if words[0] != "'a/b'" and words != ["''"] else "adapter name", *words]:
+        assert word in str(raised.value)
+
+
+def test_a_bad_adapter_in_the_folder_is_named(adapter: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "adapters" / "bad"
+    shutil.copytree(adapter, folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
+    with pytest.raises(AdapterError, match="use_dora"):
+        open_adapters([str(folder.parent)])
+
+
+def test_adapters_and_lora_paths_together_are_refused(model: Path, adapter: Path) -> None:
+    with pytest.raises(BDLoRAError, match="--lora-paths"):
+        server_args(model, 1, [str(adapter)], ["--lora-paths", f"x={adapter}"])
+
+
+@pytest.mark.parametrize("name", ["no-such-model", "/no/such/model", "no-org/no-model"])
+def test_a_base_model_that_is_not_there(name: str) -> None:
+    with pytest.raises(BDLoRAError, match="--model") as raised:
+        resolve_model(name)
+    assert name in str(raised.value)
+
+
+def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(BDLoRAError, match=r"config\.json"):
+        resolve_model(str(tmp_path))
+
+
+def test_an_untested_sglang_stops_with_a_flag_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bdlora_sglang.serving import engine
+
+    engine.check_sglang_version(allow_untested=False)
+    monkeypatch.setattr(engine, "TESTED_SGLANG", ("0.1.0",))
+    with pytest.raises(BDLoRAError, match="--allow-untested-sglang"):
+        engine.check_sglang_version(allow_untested=False)
+    engine.check_sglang_version(allow_untested=True)
+
+
+def test_the_command_line_ends_with_the_message_and_1(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bdlora_cli.main", "launch", "--model", "no-such-model", "--tp", "2"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1].startswith("bdlora: --model no-such-model: found no such folder")
+
+
+def test_help_lists_the_short_names() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "bdlora_cli.main", "launch", "--help"], capture_output=True, text=True, timeout=100
+    )
+    assert result.returncode == 0
+    assert all(name in result.stdout for name in MODEL_NAMES)

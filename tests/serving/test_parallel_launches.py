@@ -1,0 +1,84 @@
+"""Launches with several nodes and with data parallelism go through SGLang's own machinery."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from bdlora_perf.reference import PeftReference
+from tests.serving.server import (
+    Server,
+    free_port,
+    launch_command,
+    running_server,
+    start,
+    stop,
+    wait_until_healthy,
+)
+from tests.serving.zoo import PROMPTS, Zoo
+
+NEW_TOKENS = 6
+
+
+def test_two_nodes(zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TP 2 over two nodes, each with folders of its own: an adapter that one node lacks is refused by both."""
+    model = zoo.model("llama")
+    shared = zoo.adapter(model, "bd2-r8", rank=8, nblocks=2, seed=4)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    nodes = [tmp_path / "node0", tmp_path / "node1"]
+    for node in nodes:
+        shutil.copytree(shared, node / "adapters" / "shared")
+    shutil.copytree(shared, nodes[0] / "only-here")
+    port, rendezvous = free_port(), free_port()
+    flags = ("--tp", 2, "--nnodes", 2, "--dist-init-addr", f"127.0.0.1:{rendezvous}", "--dtype", "float32")
+    url = f"http://127.0.0.1:{port}"
+    processes = []
+    try:
+        for rank, node in enumerate(nodes):
+            command = launch_command(
+                model,
+                "--adapters",
+                "adapters",
+                "--node-rank",
+                rank,
+                "--port",
+                port if rank == 0 else free_port(),
+                *flags,
+            )
+            processes.append(start(command, tmp_path / f"node{rank}.log", cwd=node))
+        wait_until_healthy(url, processes[0], tmp_path / "node0.log")
+        server = Server(url, processes[0], tmp_path / "node0.log")
+        reference = PeftReference(model)
+        expected = [reference.generate(PROMPTS[0], path, NEW_TOKENS).tokens for path in (shared, None)]
+        assert server.generate(["shared", None], [PROMPTS[0]] * 2, NEW_TOKENS) == expected
+
+        response = server.post("/load_lora_adapter", lora_name="lonely", lora_path="only-here")
+        assert response.status_code == 400
+        assert response.json()["error_message"].startswith("TP rank 1: only-here")
+        assert server.adapters() == {"shared"}
+        assert server.generate([None, "shared"], [PROMPTS[0]] * 2, NEW_TOKENS) == expected[::-1]
+    finally:
+        for process in processes:
+            stop(process)
+
+
+def test_data_parallel_replicas(zoo: Zoo, tmp_path: Path) -> None:
+    model = zoo.model("llama")
+    adapters = {"bd4": zoo.adapter(model, "bd4-r8", rank=8, nblocks=4, seed=6)}
+    flags = (
+        "--dp-size",
+        2,
+        "--adapters",
+        f"bd4={adapters['bd4']}",
+        "--dtype",
+        "float32",
+        "--load-balance-method",
+        "round_robin",
+    )
+    with running_server(model, tmp_path / "server.log", *flags) as server:
+        reference = PeftReference(model)
+        for prompt in PROMPTS:
+            # Round robin: each replica answers both kinds.
+            names: list[str | None] = [None, "bd4", "bd4", None]
+            expected = [reference.generate(prompt, adapters.get(name or ""), NEW_TOKENS).tokens for name in names]
+            assert [server.generate([name], [prompt], NEW_TOKENS)[0] for name in names] == expected
