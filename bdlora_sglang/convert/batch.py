@@ -59,7 +59,11 @@ def find_adapters(folder: Path) -> list[Path]:
     """
     if not folder.is_dir() or _looks_like_adapter(folder):
         return []
-    return sorted(child for child in folder.iterdir() if child.is_dir() and _looks_like_adapter(child))
+    return sorted(
+        child
+        for child in folder.iterdir()
+        if child.is_dir() and not child.name.startswith(".") and _looks_like_adapter(child)
+    )
 
 
 def _looks_like_adapter(folder: Path) -> bool:
@@ -70,7 +74,8 @@ def convert_all(jobs: Sequence[Job], workers: int, progress: JobProgress | None 
     """Run the jobs, ``workers`` at a time, and yield their results as they come.
 
     A destination that the same operation with the same options has made is skipped; a failure is a result too, and
-    does not stop the others. Interrupted, it leaves finished adapters and nothing half done, and can be run again.
+    does not stop the others. Interrupted, it leaves finished adapters and nothing half done under their names; it can
+    be run again.
     """
     waiting = list(reversed(jobs))
     running: dict[Connection, tuple[Job, ForkServerProcess]] = {}

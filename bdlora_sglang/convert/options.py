@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ class Calibration:
     Attributes:
         text: a text file to run the base model over; None to reuse ``moments``.
         model: the base model's folder or hub name, for transformers.
-        moments: a file to save the moments to, or to reuse when ``text`` is None.
+        moments: a file to save the moments to (replaced if it exists), or to reuse when ``text`` is None.
         max_tokens: tokens of the text that are used.
         sequence_length: tokens per forward pass.
     """
@@ -67,7 +68,12 @@ class Calibration:
     max_tokens: int = 65536
     sequence_length: int = 512
 
+    @property
+    def sources(self) -> tuple[str | None, str | None, str | None]:
+        return self.text, self.model, self.moments
+
     def check(self) -> None:
+        """Raises `BDLoRAError` for what cannot be meant."""
         if (self.text is None) != (self.model is None):
             raise BDLoRAError("--calibrate and --model: found one of them, expected both")
         if self.text is None and self.moments is None:
@@ -76,6 +82,14 @@ class Calibration:
             raise BDLoRAError(
                 f"calibration: found {self.max_tokens} tokens, sequences of {self.sequence_length}, expected at least 1"
             )
+        if self.moments is not None:
+            _check_place("--moments", self.moments)
+
+
+def _check_place(flag: str, path: str) -> None:
+    """Before the long work whose result shall go there."""
+    if not Path(path).absolute().parent.is_dir():
+        raise BDLoRAError(f"{flag}: found no folder {Path(path).parent}, expected one for '{path}'")
 
 
 @dataclass(frozen=True)
@@ -129,6 +143,8 @@ class ConvertOptions:
         ):
             if value is not None and value not in known:
                 raise BDLoRAError(f"{flag}: found '{value}', expected one of {', '.join(known)}")
+        if self.plot is not None:
+            _check_place("--plot", self.plot)
         try:
             torch.empty(1, device=self.device)
         except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -152,6 +168,7 @@ class ConvertOptions:
             "compute_dtype": self.compute_dtype,
         }
         if self.calibration is not None:
-            record["calibrated"] = True
-            record["max_tokens"] = self.calibration.max_tokens if self.calibration.text else None
+            text, model, moments = (p and Path(p).name for p in self.calibration.sources)
+            record |= {"text": text, "model": model, "moments": moments if text is None else None}
+            record["max_tokens"] = self.calibration.max_tokens if text else None
         return {key: value for key, value in record.items() if value is not None}

@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 import tempfile
@@ -82,14 +83,18 @@ def run_one(source: Path, destination: Path, run: str, threads: int, device: str
     """One conversion in this process: seconds, and peak bytes before and after."""
     arguments = RUNS[run]
     before = _peak_bytes()
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    cpu_before = usage.ru_utime + usage.ru_stime
     options = ConvertOptions(
         NBLOCKS, RankChoice(**arguments.get("choice", {})), threads=threads, device=device, force=True
     )
     start = time.perf_counter()
     report = lora2bd(source, destination, options, lossless=arguments.get("lossless", False))
     seconds = time.perf_counter() - start
+    usage = resource.getrusage(resource.RUSAGE_SELF)
     return {
         "seconds": seconds,
+        "cpu_seconds": usage.ru_utime + usage.ru_stime - cpu_before,
         "interpreter_bytes": before,
         "peak_bytes": _peak_bytes(),
         "param_ratio": report.param_ratio,
@@ -166,15 +171,16 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         "",
         f"{results['adapter']}. {results['machine']}, {results['threads']} threads.",
         "",
-        "| adapter | size | conversion | seconds | GB/s | peak memory | above the interpreter "
+        "| adapter | size | conversion | seconds | CPU seconds | GB/s | peak memory | above the interpreter "
         "| times the largest module |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for model, result in results["models"].items():
         for run, numbers in result["runs"].items():
             above = numbers["peak_bytes"] - numbers["interpreter_bytes"]
             lines.append(
                 f"| {model} r={RANK} | {result['bytes'] / 1e9:.2f} GB | {run} | {numbers['seconds']:.1f} | "
+                f"{numbers['cpu_seconds']:.1f} | "
                 f"{numbers['gb_per_second']:.3f} | {numbers['peak_bytes'] / 2**20:.0f} MiB | {above / 2**20:.0f} MiB | "
                 f"{above / result['largest_module_bytes']:.0f} |"
             )

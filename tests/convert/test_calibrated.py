@@ -1,18 +1,20 @@
 """The calibrated truncation: the optimum on activations where blocks are independent, never worse than without."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from bdlora_sglang.adapter import BlockSide
 from bdlora_sglang.convert import Calibration, ConvertOptions, RankChoice, lora2bd
 from bdlora_sglang.convert.blocks import Block, regroup
 from bdlora_sglang.convert.truncate import truncate_blocks
 from bdlora_sglang.errors import BDLoRAError
-from tests.convert.oracle import deltas, snapshot
+from tests.convert.oracle import deltas, dense_factors, snapshot
 
 TEXT = "The quick brown fox jumps over the lazy dog, and then it sleeps. " * 60
 
@@ -108,24 +110,27 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def activation_errors(model: Path, source: Path, other: Path, tokens: int) -> dict[str, float]:
-    """By a forward pass of our own: relative error of every module's delta on its inputs."""
+def module_inputs(model: Path, names: Iterable[str], tokens: int) -> dict[str, torch.Tensor]:
+    """By a forward pass of our own: what every module is given, (tokens, in)."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     ids = AutoTokenizer.from_pretrained(model)(TEXT, add_special_tokens=False, return_tensors="pt")["input_ids"]
-    base = AutoModelForCausalLM.from_pretrained(model)
-    expected, found, inputs = deltas(source), deltas(other), dict[str, torch.Tensor]()
-    for name in expected:
+    base, inputs = AutoModelForCausalLM.from_pretrained(model), dict[str, torch.Tensor]()
+    for name in names:
         base.get_submodule(name).register_forward_pre_hook(
             lambda _, args, name=name: inputs.update({name: args[0][0].double()})
         )
     with torch.inference_mode():
         base(input_ids=ids[:, :tokens])
+    return inputs
+
+
+def activation_errors(inputs: dict[str, torch.Tensor], source: Path, other: Path) -> dict[str, float]:
+    """Relative error of every module's delta on its inputs."""
+    expected, found = deltas(source), deltas(other)
     return {
-        name: float(
-            torch.linalg.norm(inputs[name] @ (found[name] - delta).T) / torch.linalg.norm(inputs[name] @ delta.T)
-        )
-        for name, delta in expected.items()
+        name: float(torch.linalg.norm(x @ (found[name] - expected[name]).T) / torch.linalg.norm(x @ expected[name].T))
+        for name, x in inputs.items()
     }
 
 
@@ -139,17 +144,19 @@ def test_end_to_end(model: Path, lora: Path, text: Path, tmp_path: Path) -> None
     assert report.activation_error is not None and report.uncalibrated_activation_error is not None
     assert report.activation_error < 0.9 * report.uncalibrated_activation_error
     assert report.error > plain.error, "the price"
-    measured = activation_errors(model, lora, tmp_path / "bd", tokens)
-    without = activation_errors(model, lora, tmp_path / "plain", tokens)
+    inputs = module_inputs(model, deltas(lora), tokens)
+    measured = activation_errors(inputs, lora, tmp_path / "bd")
+    without = activation_errors(inputs, lora, tmp_path / "plain")
     for module in report.modules:
         assert module.activation_error == pytest.approx(measured[module.name], rel=1e-3)
         assert measured[module.name] <= without[module.name] * (1 + 1e-6)
+    saved, q = load_file(moments), "model.layers.1.self_attn.q_proj"
+    z = inputs[q] @ dense_factors(lora)[q][1].T
+    assert torch.allclose(saved[q], z.T @ z / tokens, rtol=1e-4, atol=1e-6)
     # The saved moments do the same, and other ranks, without the model.
     reuse = Calibration(moments=str(moments))
     lora2bd(lora, tmp_path / "again", ConvertOptions(4, RankChoice(rank=8), calibration=reuse))
     weights = "adapter_model.safetensors"
-    from safetensors.torch import load_file
-
     first, again = load_file(tmp_path / "bd" / weights), load_file(tmp_path / "again" / weights)
     assert all(torch.equal(again[name], tensor) for name, tensor in first.items())
     more = lora2bd(lora, tmp_path / "more", ConvertOptions(4, RankChoice(max_error=0.3), calibration=reuse))
@@ -183,8 +190,10 @@ def test_moments_of_another_adapter_are_refused(model: Path, lora: Path, text: P
         (Calibration(text="t"), "--calibrate and --model: found one of them"),
         (Calibration(), "found neither --calibrate nor --moments"),
         (Calibration(moments="missing"), "missing: moments: found no such file"),
+        (Calibration("t", "m", "nowhere/moments"), "--moments: found no folder nowhere"),
+        (Calibration("t", "m", max_tokens=0), "calibration: found 0 tokens"),
     ],
-    ids=["no-text", "no-model", "nothing", "no-moments"],
+    ids=["no-text", "no-model", "nothing", "no-moments", "no-folder", "no-tokens"],
 )
 def test_refusals(calibration: Calibration, message: str, lora: Path, tmp_path: Path) -> None:
     with pytest.raises(BDLoRAError, match=message):

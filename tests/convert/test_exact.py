@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from bdlora_sglang.adapter import Adapter, read_slice, slice_module
+from bdlora_sglang.adapter.shard import column_shard, row_shard
 from bdlora_sglang.convert import ConvertOptions, RankChoice, bd2lora, lora2bd, reblock
 from tests.convert.oracle import (
     CONFIG,
@@ -140,6 +142,27 @@ def test_scaling_by_patterns_and_rslora(use_rslora: bool, tmp_path: Path) -> Non
                 assert torch.tensor(after).float() == torch.tensor(before).float()
             else:
                 assert after == before
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 3, 4, 8])
+def test_what_ranks_serve_adds_up(tp_size: int, tmp_path: Path) -> None:
+    """By the slices that the server reads: every rank's part of the delta, put together, is the source's."""
+    source = save_lora(tmp_path / "lora", SHAPES, integers=True)
+    lora2bd(source, tmp_path / "bd", ConvertOptions(4), lossless=True)
+    adapter, expected = Adapter.open(tmp_path / "bd"), deltas(source)
+    for name, module in adapter.modules.items():
+        delta = torch.zeros(module.out_features, module.in_features, dtype=torch.float64)
+        for rank in range(tp_size):
+            shard = (column_shard if name == Q else row_shard)(module, tp_size, rank)
+            parts = slice_module(module, shard)
+            if tp_size == 4:
+                assert [part.rank for part in parts] == [4], "one block of the source's rank on each GPU"
+            for part in parts:
+                factors = read_slice(adapter, part, torch.float64)
+                row, column = shard.outputs.start + part.output_start, shard.inputs.start + part.input_start
+                window = delta[row : row + part.output_size, column : column + part.input_size]
+                window += part.scaling * factors.b @ factors.a
+        assert torch.equal(delta, expected[name])
 
 
 def test_one_rounding_to_bfloat16(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ MIB = 1 << 20
 
 @pytest.mark.parametrize("how", ["lossless", "cut"])
 def test_peak_does_not_grow_with_the_number_of_modules(how: str, tmp_path: Path) -> None:
-    """48 modules of 2 MiB each, twenty of the small adapter: less than ten modules' worth on top."""
+    """48 modules of 2 MiB against 6: what is mapped of the file and the allocator's slack on top, not the file."""
     shapes = {f"model.layers.{i}.{n}": (4096, 4096) for i in range(24) for n in ("q_proj", "o_proj")}
     large = save_lora(tmp_path / "large", shapes, 64)
     small = save_lora(tmp_path / "small", dict(list(shapes.items())[:6]), 64)
@@ -38,7 +38,7 @@ def test_peak_does_not_grow_with_the_number_of_modules(how: str, tmp_path: Path)
     command = [sys.executable, "-c", MEASURE, str(small), str(large), str(tmp_path / "out"), how]
     grown = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     assert size > 95 * MIB
-    assert grown < 20 * MIB
+    assert grown < 40 * MIB
 
 
 def test_a_file_put_in_place_while_reading_is_another_one(tmp_path: Path) -> None:
