@@ -5,6 +5,7 @@ import sys
 import typer
 
 from bdlora_cli.convert import app as convert_app
+from bdlora_cli.demo import demo
 from bdlora_cli.launch import launch
 from bdlora_sglang.errors import BDLoRAError
 
@@ -18,6 +19,7 @@ app = typer.Typer(
 
 # Flags that are not ours are SGLang's.
 app.command("launch", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(launch)
+app.command("demo")(demo)
 app.add_typer(convert_app)
 
 

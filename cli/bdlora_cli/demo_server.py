@@ -1,0 +1,177 @@
+"""``bdlora launch`` in a process of its own, and the requests that the demo sends it."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import requests
+
+from bdlora_sglang.errors import BDLoRAError
+
+START_SECONDS = 600
+_STOP_SECONDS = 15
+_REQUEST_SECONDS = 120
+_LOG_TAIL_LINES = 40
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the server generated, and in how many pieces it came."""
+
+    tokens: list[int]
+    text: str
+    pieces: int = 1
+
+
+class DemoServer:
+    """A server under way; `start_server` makes it."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], url: str, log: Path) -> None:
+        self.url, self.log = url, log
+        with log.open("wb") as file:
+            # In a session of its own: every process of the server is in one group, and Ctrl-C reaches the demo alone.
+            self._process = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, env=dict(environment), start_new_session=True
+            )
+
+    def wait_until_healthy(self) -> None:
+        """Return when the server answers; raise `BDLoRAError` with the end of its log when it never will."""
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            if self._process.poll() is not None:
+                raise BDLoRAError(f"the server ended with exit code {self._process.returncode}.\n{self._log_tail()}")
+            with suppress(requests.RequestException):
+                if requests.get(f"{self.url}/health", timeout=5).status_code == 200:
+                    return
+            time.sleep(0.5)
+        raise BDLoRAError(f"the server was not ready after {START_SECONDS} s.\n{self._log_tail()}")
+
+    def stop(self) -> None:
+        """Ask the server to end, then kill whatever is left of its process group."""
+        try:
+            self._process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(_STOP_SECONDS)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+    def generate(self, adapters: Sequence[str | None], prompt: str, sampling: Mapping[str, Any]) -> list[Answer]:
+        """One batch with the same prompt for each adapter; None is the base model."""
+        body = {"text": [prompt] * len(adapters), "lora_path": list(adapters), "sampling_params": dict(sampling)}
+        answers = self._post("/generate", body).json()
+        return [Answer(answer["output_ids"], answer["text"]) for answer in answers]
+
+    def stream(self, adapter: str, prompt: str, sampling: Mapping[str, Any]) -> Answer:
+        """One request whose answer comes piece by piece, as server-sent events."""
+        body = {"text": prompt, "lora_path": adapter, "sampling_params": dict(sampling), "stream": True}
+        response = self._post("/generate", body, stream=True)
+        events = [line.removeprefix(b"data: ") for line in response.iter_lines() if line.startswith(b"data: ")]
+        if not events or events.pop() != b"[DONE]":
+            raise BDLoRAError(f"{self.url}/generate: found a stream that broke off, expected [DONE] at its end")
+        last = json.loads(events[-1])
+        return Answer(last["output_ids"], last["text"], len(events))
+
+    def load(self, name: str, folder: Path) -> None:
+        self._post("/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+
+    def unload(self, name: str) -> None:
+        self._post("/unload_lora_adapter", {"lora_name": name})
+
+    def adapters(self) -> set[str]:
+        """The adapters that ``/v1/models`` lists beside the base model."""
+        return {model["id"] for model in self._send("GET", "/v1/models").json()["data"] if model.get("parent")}
+
+    def _post(self, path: str, body: Mapping[str, Any], stream: bool = False) -> requests.Response:
+        return self._send("POST", path, json=dict(body), stream=stream)
+
+    def _send(self, method: str, path: str, **options: Any) -> requests.Response:
+        """Send a request; raise `BDLoRAError` unless the server carries it out."""
+        try:
+            response = requests.request(method, self.url + path, timeout=_REQUEST_SECONDS, **options)
+        except requests.RequestException as error:
+            raise BDLoRAError(f"{self.url}{path}: {error}\n{self._log_tail()}") from error
+        if response.status_code != 200:
+            raise BDLoRAError(f"{self.url}{path}: found status {response.status_code}, expected 200: {response.text}")
+        return response
+
+    def start_report(self) -> list[str]:
+        """What ``bdlora launch`` itself says at its start, without SGLang's log lines around it."""
+        lines = [line for line in self._log_lines() if not line.startswith("[")]
+        tables = [i for i, line in enumerate(lines) if "Adapters at TP" in line]
+        proofs = [i for i, line in enumerate(lines) if line.startswith("BD-LoRA is in place")]
+        notes = [line for line in lines if line.startswith("No GPU here")]
+        return notes + (lines[tables[0] : proofs[-1] + 1] if tables and proofs else [])
+
+    def _log_lines(self) -> list[str]:
+        return self.log.read_text(errors="replace").splitlines()
+
+    def _log_tail(self) -> str:
+        return "\n".join([f"The end of {self.log}:", *self._log_lines()[-_LOG_TAIL_LINES:]])
+
+
+@contextmanager
+def running_server(
+    model: Path, tp: int, adapters: Path, log: Path, starting: Callable[[Sequence[str]], None]
+) -> Iterator[DemoServer]:
+    """``bdlora launch`` on a free port, stopped at the end whatever happens.
+
+    Args:
+        model: folder of the base model.
+        tp: tensor-parallel degree.
+        adapters: folder with one adapter a subfolder.
+        log: file for everything that the server prints.
+        starting: is told the command line before the server starts.
+    """
+    port = _free_port()
+    flags = ["launch", "--model", str(model), "--tp", str(tp), "--adapters", str(adapters)]
+    flags += ["--port", str(port), "--dtype", "float32"]
+    starting(["bdlora", *flags])
+    with _terminated_as_interrupted():
+        command = [sys.executable, "-m", "bdlora_cli.main", *flags]
+        server = DemoServer(command, _environment(tp), f"http://127.0.0.1:{port}", log)
+        try:
+            yield server
+        finally:
+            server.stop()
+
+
+def _environment(tp: int) -> dict[str, str]:
+    import torch
+
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "COLUMNS": "100"}
+    if 0 < torch.cuda.device_count() < tp:
+        # Each rank needs a GPU of its own. Without any, `bdlora launch` takes the CPU.
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    return environment
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP unwind the stack like Ctrl-C, so that the server is stopped."""
+
+    def interrupt(number: int, _frame: object) -> None:
+        sys.exit(128 + number)
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
