@@ -169,7 +169,7 @@ def as_markdown(results: Mapping[str, Any]) -> str:
     lines = [
         "# Converting adapters: time and peak memory",
         "",
-        f"{results['adapter']}. {results['machine']}, {results['threads']} threads.",
+        f"{results['adapter']}. {results['machine']}, {results['threads']} threads. {results['note']}",
         "",
         "| adapter | size | conversion | seconds | CPU seconds | GB/s | peak memory | above the interpreter "
         "| times the largest module |",
@@ -205,6 +205,7 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, help="where the adapters are made; default: the temporary folder")
     parser.add_argument("--one", nargs=2, type=Path, metavar=("SRC", "DST"), help=argparse.SUPPRESS)
     parser.add_argument("--run", choices=list(RUNS), help=argparse.SUPPRESS)
+    parser.add_argument("--note", default="", help="a sentence about the machine for the results")
     arguments = parser.parse_args()
     if arguments.one:
         print(
@@ -212,6 +213,7 @@ def main() -> None:
         )
         return
     results = benchmark(arguments.models, arguments.threads, arguments.device, arguments.workdir)
+    results["note"] = arguments.note
     print(as_markdown(results))
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
