@@ -90,7 +90,7 @@ def regroup(blocks: Sequence[Block], side: BlockSide, nblocks: int) -> list[Bloc
     pairs = [_split_shared(block, side) for block in blocks]
     size = sum(split.shape[0] for split, _ in pairs)
     old, new = size // len(pairs), size // nblocks
-    nonzero = any(bool(split.any()) for split, _ in pairs)
+    nonzero = any(bool(split[0].any() or split.any()) for split, _ in pairs)
     regrouped = []
     for start in range(0, size, new):
         pieces = [
@@ -137,6 +137,8 @@ def _stack(
 
 
 def _without_zero_ranks(split: torch.Tensor, shared: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    if split[0].all():  # nearly always; looking at everything takes longer than writing it
+        return split, shared
     used = split.any(dim=0)
     if used.all():
         return split, shared
