@@ -123,7 +123,8 @@ def _exchange(new: Path, old: Path) -> None:
         code = ctypes.get_errno()
         if code not in (errno.ENOSYS, errno.EINVAL):
             raise OSError(code, os.strerror(code), str(old))
-    aside = new.with_name(f"{new.name}.old{_PARTIAL}")
+    # Not named like a partial folder: a kill between the renames must not let the next run remove the only copy.
+    aside = new.with_name(f"{new.name}.old")
     os.rename(old, aside)
     try:
         os.rename(new, old)

@@ -25,7 +25,7 @@ class Engine(SGLangEngine):
         allow_untested_sglang: go on with an SGLang version that this package was not tested with.
 
     Raises:
-        BDLoRAError: an SGLang version that was not tested.
+        BDLoRAError: an SGLang version that was not tested, or pipeline parallelism.
     """
 
     scheduler_class = BDLoRAScheduler
@@ -34,7 +34,10 @@ class Engine(SGLangEngine):
         self, *, max_local_rank: int | None = None, allow_untested_sglang: bool = False, **kwargs: Any
     ) -> None:
         check_sglang_version(allow_untested_sglang)
-        if "server_args" not in kwargs:
+        if "server_args" in kwargs:
+            check_parallelism(kwargs["server_args"].pp_size)
+        else:
+            check_parallelism(kwargs.get("pp_size", 1))
             kwargs = {**platform_defaults(kwargs.get("tp_size", 1), kwargs.get("dp_size", 1)), **kwargs}
         # An attribute that SGLang provides for private forks of its processes.
         self.run_scheduler_process_func = partial(
@@ -44,7 +47,8 @@ class Engine(SGLangEngine):
 
 
 def launch_server(server_args: ServerArgs, options: ServingOptions) -> None:
-    """Run SGLang's HTTP server with BD-LoRA inside until it is stopped."""
+    """Run SGLang's HTTP server with BD-LoRA inside until it is stopped; raises `BDLoRAError` like `Engine`."""
+    check_parallelism(server_args.pp_size)
     sglang_launch_server(server_args, run_scheduler_process_func=partial(run_scheduler_process, options=options))
 
 
@@ -55,6 +59,12 @@ def check_sglang_version(allow_untested: bool) -> None:
             f"SGLang: found version {sglang.__version__}, expected {' or '.join(TESTED_SGLANG)}, which BD-LoRA was "
             "tested with; go on at your own risk with --allow-untested-sglang (Engine: allow_untested_sglang=True)"
         )
+
+
+def check_parallelism(pp_size: int) -> None:
+    """Raise `BDLoRAError` for a layout that BD-LoRA does not serve."""
+    if pp_size != 1:
+        raise BDLoRAError(f"--pp-size: found {pp_size}, expected 1: pipeline parallelism is not supported")
 
 
 def platform_defaults(tp_size: int, dp_size: int) -> dict[str, object]:

@@ -8,6 +8,9 @@ from bdlora_sglang.serving.platform import PLATFORM_NAME
 
 _NO_CUDA_GRAPHS: dict[str, object] = {"cuda_graph_backend_decode": "disabled", "cuda_graph_backend_prefill": "disabled"}
 
+_BINDING = "SGLANG_CPU_OMP_THREADS_BIND"
+_chosen_binding: str | None = None
+
 
 def has_accelerator() -> bool:
     """Whether SGLang would find a device other than the CPU, or the user chose a platform by hand."""
@@ -19,8 +22,12 @@ def has_accelerator() -> bool:
 
 def use_cpu_platform(num_ranks: int) -> None:
     """Choose the CPU platform for this process and its children, and give each rank its cores."""
+    global _chosen_binding
     os.environ["SGLANG_PLATFORM"] = PLATFORM_NAME
-    os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", bind_cores(sorted(os.sched_getaffinity(0)), num_ranks))
+    # The user's binding stays; ours was for the engine before this one, which may have had other ranks.
+    if os.environ.get(_BINDING, _chosen_binding) == _chosen_binding:
+        _chosen_binding = bind_cores(sorted(os.sched_getaffinity(0)), num_ranks)
+        os.environ[_BINDING] = _chosen_binding
 
 
 def bind_cores(cores: list[int], num_ranks: int) -> str:

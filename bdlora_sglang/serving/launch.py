@@ -21,9 +21,13 @@ def server_args(model_path: str, tp: int, adapters: Sequence[NamedAdapter], sgla
     Raises:
         BDLoRAError: flags that contradict each other.
     """
-    if adapters and "--lora-paths" in sglang_flags:
+    if adapters and _value(sglang_flags, ("--lora-paths",)) is not None:
         raise BDLoRAError("--lora-paths: found both it and --adapters, expected one of them")
-    defaults = platform_defaults(tp, _int_flag(sglang_flags, ("--dp-size", "--data-parallel-size", "--dp")))
+    backend = _value(sglang_flags, ("--lora-backend",))
+    if backend is not None:
+        raise BDLoRAError(f"--lora-backend: found '{backend}', expected none: BD-LoRA brings its own")
+    dp = _value(sglang_flags, ("--dp-size", "--data-parallel-size", "--dp")) or "1"
+    defaults = platform_defaults(tp, int(dp) if dp.isdigit() else 1)
     argv = ["--model-path", model_path, "--tp-size", str(tp), *sglang_flags]
     return prepare_server_args([*argv, *_missing_flags(defaults, sglang_flags), *_lora_flags(adapters)])
 
@@ -39,17 +43,15 @@ def _missing_flags(defaults: Mapping[str, object], given: Sequence[str]) -> list
     flags: list[str] = []
     for name, value in defaults.items():
         flag = "--" + name.replace("_", "-")
-        if not any(word == flag or word.startswith(f"{flag}=") for word in given):
+        if _value(given, (flag,)) is None:
             flags += [flag] if value is True else [flag, str(value)]
     return flags
 
 
-def _int_flag(flags: Sequence[str], names: Sequence[str], default: int = 1) -> int:
-    """The value of a flag that SGLang parses later and the platform must know now."""
+def _value(flags: Sequence[str], names: Sequence[str]) -> str | None:
+    """The value of a flag that SGLang parses later and we must know now; None where it is not given."""
     for word, following in zip(flags, [*flags[1:], ""], strict=False):
         name, separator, value = word.partition("=")
         if name in names:
-            value = value if separator else following
-            if value.isdigit():
-                return int(value)
-    return default
+            return value if separator else following
+    return None

@@ -74,7 +74,9 @@ class BDLoRAManager(LoRAManager):
     def _load(self, ref: LoRARef, open_adapter: Callable[[], tuple[Adapter, LoRAConfig]]) -> LoRAUpdateOutput:
         """Register an adapter on this rank, or leave everything as it was and report why."""
         try:
-            check_adapter_name(ref.lora_name)
+            # SGLang calls an adapter by its path when the user gave no name.
+            if ref.lora_name != ref.lora_path:
+                check_adapter_name(ref.lora_name)
             adapter, config = open_adapter()
             self.validate_new_adapter(config, ref)
             local = self._load_local(ref, adapter)

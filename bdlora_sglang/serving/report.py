@@ -17,12 +17,13 @@ def print_adapters(model_runner: ModelRunner) -> None:
     tp_size = get_parallel().tp_size
     num_layers = prove_in_place(model_runner)
     pool = manager.memory_pool
-    console = Console(soft_wrap=False)
+    console = Console()
     if manager.loras:
         console.print(adapter_table(manager.loras.values(), tp_size))
     console.print(
         f"BD-LoRA is in place: {num_layers} layers, {pool.max_loras_per_batch} slots of "
-        f"{format_bytes(pool.slot_bytes)} per GPU, no communication for LoRA."
+        f"{format_bytes(pool.slot_bytes)} per GPU, no communication for LoRA.",
+        soft_wrap=True,
     )
 
 

@@ -23,11 +23,6 @@ app.command("demo")(demo)
 app.add_typer(convert_app)
 
 
-@app.callback()
-def _root() -> None:
-    """Keeps `launch` a subcommand while it is the only one."""
-
-
 def main() -> None:
     """Run the command line; an error that the user can mend becomes its message and exit code 1."""
     try:

@@ -114,6 +114,30 @@ def test_adapters_and_lora_paths_together_are_refused(model: Path, adapter: Path
         server_args(model, 1, [str(adapter)], ["--lora-paths", f"x={adapter}"])
 
 
+def test_a_lora_backend_of_sglangs_is_refused(model: Path) -> None:
+    with pytest.raises(BDLoRAError, match="--lora-backend: found 'csgmv'"):
+        server_args(model, 1, [], ["--lora-backend=csgmv"])
+
+
+def test_pipeline_parallelism_is_refused(model: Path) -> None:
+    from bdlora_sglang import Engine
+
+    with pytest.raises(BDLoRAError, match="--pp-size: found 2, expected 1"):
+        Engine(model_path=str(model), pp_size=2)
+
+
+def test_each_engine_gets_a_binding_of_its_own_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bdlora_sglang.serving.hardware import use_cpu_platform
+
+    monkeypatch.delenv("SGLANG_CPU_OMP_THREADS_BIND", raising=False)
+    for ranks in (1, 4, 2):
+        use_cpu_platform(ranks)
+        assert len(os.environ["SGLANG_CPU_OMP_THREADS_BIND"].split("|")) == ranks
+    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|0|0")
+    use_cpu_platform(3)
+    assert os.environ["SGLANG_CPU_OMP_THREADS_BIND"] == "0|0|0"
+
+
 @pytest.mark.parametrize("name", ["no-such-model", "/no/such/model", "no-org/no-model"])
 def test_a_base_model_that_is_not_there(name: str) -> None:
     with pytest.raises(BDLoRAError, match="--model") as raised:

@@ -30,7 +30,9 @@ def test_two_nodes(zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         shutil.copytree(shared, node / "adapters" / "shared")
     shutil.copytree(shared, nodes[0] / "only-here")
     port, rendezvous = free_port(), free_port()
-    flags = ("--tp", 2, "--nnodes", 2, "--dist-init-addr", f"127.0.0.1:{rendezvous}", "--dtype", "float32")
+    # The limit of a server that will load adapters later: the one given at start is smaller.
+    limits = ("--max-lora-rank", 8, "--lora-target-modules", "all")
+    flags = (*limits, "--tp", 2, "--nnodes", 2, "--dist-init-addr", f"127.0.0.1:{rendezvous}", "--dtype", "float32")
     url = f"http://127.0.0.1:{port}"
     processes = []
     try:
@@ -57,6 +59,14 @@ def test_two_nodes(zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert response.json()["error_message"].startswith("TP rank 1: only-here")
         assert server.adapters() == {"shared"}
         assert server.generate([None, "shared"], [PROMPTS[0]] * 2, NEW_TOKENS) == expected[::-1]
+
+        large = server.post("/load_lora_adapter", lora_name="large", lora_path=str(zoo.adapter(model, "r9", rank=9)))
+        assert large.status_code == 400
+        assert "found 9, expected at most --max-lora-rank = 8" in large.json()["error_message"]
+        plain = zoo.adapter(model, "plain-r8", rank=8, seed=13)
+        assert server.post("/load_lora_adapter", lora_name="plain", lora_path=str(plain)).status_code == 200
+        tokens = reference.generate(PROMPTS[2], plain, NEW_TOKENS).tokens
+        assert server.generate(["plain"], [PROMPTS[2]], NEW_TOKENS) == [tokens]
     finally:
         for process in processes:
             stop(process)

@@ -219,6 +219,14 @@ def _rename_layer(folder: Path) -> None:
     save_file({name.replace("layers.2.", "layers.7."): tensor for name, tensor in load_file(path).items()}, path)
 
 
+def _add_output_head(folder: Path) -> None:
+    _edit_config(folder, target_modules=["lm_head"], use_bdlora=None)
+    names = ("base_model.model.lm_head.lora_A.weight", "base_model.model.lm_head.lora_B.weight")
+    save_file(
+        dict(zip(names, (torch.ones(8, 96), torch.ones(512, 8)), strict=True)), folder / "adapter_model.safetensors"
+    )
+
+
 def _wrong_width(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor[:, :-4] if "layers.1.mlp.up_proj.lora_A" in name else tensor
 
@@ -245,6 +253,11 @@ REFUSALS = {
         ["q_proj", "NaN"],
     ),
     "other base model": (lambda folder: _edit_tensors(folder, _wrong_width), ["up_proj.lora_A", "found 92", "96"]),
+    "output head": (_add_output_head, ["lm_head", "q_proj"]),
+    "added tokens": (
+        lambda folder: (folder / "added_tokens.json").write_text('{"<new>": 512}'),
+        ["add tokens to the vocabulary"],
+    ),
     "unknown module": (_rename_layer, ["layers.7.", "layers 0 to 2"]),
 }
 _BD_FIELDS = {
