@@ -6,14 +6,15 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo test test-full lint format clean
 
 help:
-	@echo "make demo    install, then serve a small model with four adapters and check every token against PEFT"
-	@echo "make test    install, then lint, check types and run the tests"
-	@echo "make lint    ruff, ruff format --check and mypy"
-	@echo "make format  mend what ruff can mend, and format"
-	@echo "make clean   remove caches, build outputs and the demo's files (not $(VENV))"
+	@echo "make demo       install, then serve a small model with four adapters and check every token against PEFT"
+	@echo "make test       install, then lint, check types and run the tests"
+	@echo "make test-full  the tests that take longer, too: every architecture on every TP degree"
+	@echo "make lint       ruff, ruff format --check and mypy"
+	@echo "make format     mend what ruff can mend, and format"
+	@echo "make clean      remove caches, build outputs and the demo's files (not $(VENV))"
 
 install: $(INSTALLED)
 
@@ -29,6 +30,9 @@ demo: $(INSTALLED)
 
 test: lint
 	$(BIN)/python -m pytest --durations=15
+
+test-full: lint
+	$(BIN)/python -m pytest --durations=15 --full
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

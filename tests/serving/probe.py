@@ -1,39 +1,19 @@
 """A scheduler that measures itself: what it holds, what SGLang's own pool would hold, and that SGLang is as it was."""
 
-import inspect
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
+from sglang.srt.lora.mem_pool import LoRAMemoryPool
+
+from bdlora_sglang.serving.local_adapter import LocalAdapter
+from bdlora_sglang.serving.manager import BDLoRAManager
+from bdlora_sglang.serving.pool import BDLoRAMemoryPool, slot_sizes_for_adapters
 from bdlora_sglang.serving.scheduler import BDLoRAScheduler
+from tests.serving.snapshot import changed, sglang_objects
 
 PROBE_FOLDER = "BDLORA_TEST_PROBE_FOLDER"
-
-# SGLang replaces this function of its own when it starts a scheduler.
-_REPLACED_BY_SGLANG = {"sglang.srt.distributed.device_communicators.custom_all_reduce_utils.gpu_p2p_access_check"}
-
-
-def sglang_objects() -> dict[str, object]:
-    """Every function and class of SGLang's loaded modules, and every attribute of its classes, by name."""
-    found: dict[str, object] = {}
-    for module_name, module in sorted(sys.modules.items()):
-        if module is None or not module_name.startswith("sglang"):
-            continue
-        for name, value in vars(module).copy().items():
-            if inspect.isfunction(value) or inspect.isclass(value):
-                found[f"{module_name}.{name}"] = value
-            if inspect.isclass(value) and value.__module__.startswith("sglang"):
-                for attribute, member in vars(value).copy().items():
-                    if callable(member) or isinstance(member, classmethod | staticmethod | property):
-                        found[f"{module_name}.{name}.{attribute}"] = member
-    return found
-
-
-def changed(before: dict[str, object], after: dict[str, object]) -> list[str]:
-    differ = {name for name, value in before.items() if after.get(name) is not value}
-    return sorted(differ - _REPLACED_BY_SGLANG)
 
 
 class ProbedScheduler(BDLoRAScheduler):
@@ -62,28 +42,33 @@ class ProbedScheduler(BDLoRAScheduler):
         self._report_changes(Path(os.environ[PROBE_FOLDER]), get_parallel().tp_rank)
         return result
 
-    def _measure(self) -> dict[str, Any]:
-        from sglang.srt.lora.mem_pool import LoRAMemoryPool
+    def _measure(self) -> dict[str, dict[str, int]]:
+        return {lora.name: self._measure_adapter(lora) for lora in self._manager.loras.values()}
 
-        manager = self.tp_worker.model_runner.lora_manager
-        own = LoRAMemoryPool(
-            base_hf_config=manager.base_hf_config,
-            max_loras_per_batch=manager.max_loras_per_batch,
-            dtype=manager.dtype,
-            max_lora_rank=manager.max_lora_rank,
-            target_modules=manager.target_modules,
-            base_model=manager.base_model,
-            eviction_policy=manager.eviction_policy,
-            lora_added_tokens_size=0,
-        )
-        buffers = [*own.A_buffer.values(), *own.B_buffer.values()]
-        sglang_bytes = sum(tensor.nbytes for by_layer in buffers for tensor in by_layer)
-        bdlora_bytes = sum(f.a_SE.nbytes + f.b_SE.nbytes for f in manager.memory_pool.factors.values())
+    @property
+    def _manager(self) -> BDLoRAManager:
+        return self.tp_worker.model_runner.lora_manager
+
+    def _measure_adapter(self, lora: LocalAdapter) -> dict[str, int]:
+        """Bytes of this adapter on this rank: read, on the host, and in pools for it alone, ours and SGLang's."""
+        manager = self._manager
+        common = {
+            "base_hf_config": manager.base_hf_config,
+            "max_loras_per_batch": 1,
+            "dtype": manager.dtype,
+            "max_lora_rank": lora.rank,
+            "target_modules": manager.target_modules,
+            "base_model": manager.base_model,
+            "eviction_policy": manager.eviction_policy,
+            "lora_added_tokens_size": 0,
+        }
+        sizes = slot_sizes_for_adapters([name for layer in manager.lora_modules for name in layer], [lora])
+        ours = BDLoRAMemoryPool(slot_sizes=sizes, device=manager.device, **common)
+        theirs = LoRAMemoryPool(**common)
+        buffers = [*theirs.A_buffer.values(), *theirs.B_buffer.values()]
         return {
-            "sglang_pool_bytes": sglang_bytes,
-            "bdlora_pool_bytes": bdlora_bytes,
-            "adapters": {
-                lora.name: {"host_bytes": lora.num_bytes, "bytes_read": lora.bytes_read}
-                for lora in manager.loras.values()
-            },
+            "bytes_read": lora.bytes_read,
+            "host_bytes": lora.num_bytes,
+            "pool_bytes": sum(factors.a_SE.nbytes + factors.b_SE.nbytes for factors in ours.factors.values()),
+            "sglang_pool_bytes": sum(tensor.nbytes for by_layer in buffers for tensor in by_layer),
         }

@@ -174,6 +174,32 @@ def test_pinned_adapter_survives_eviction(served: Served) -> None:
     assert served.unload("pinned").status_code == 200
 
 
+def test_pinned_adapters_may_not_take_all_slots(served: Served) -> None:
+    path = served.adapters["bd2-r8"]
+    for index in range(SLOTS - 1):
+        assert served.load(f"pinned{index}", path, pinned=True).status_code == 200
+    refused = served.load("one-too-many", path, pinned=True)
+    assert refused.status_code == 400
+    assert "pin" in refused.text
+    # One slot is left for all others.
+    for name in ("bd4-r8", None, "plain-r16", None):
+        served.check([name], [PROMPTS[2]])
+    for index in range(SLOTS - 1):
+        assert served.unload(f"pinned{index}").status_code == 200
+
+
+def test_an_adapter_from_bdlora_convert(served: Served, tmp_path: Path) -> None:
+    """Losslessly converted to four blocks, it answers as the adapter that it was made of."""
+    from bdlora_sglang.convert import ConvertOptions, lora2bd
+
+    source = served.adapters["plain-r4-qv"]
+    lora2bd(source, tmp_path / "converted", ConvertOptions(nblocks=4))
+    assert served.load("converted", tmp_path / "converted").status_code == 200
+    answers = served.server.generate(["converted"] * len(PROMPTS), list(PROMPTS), NEW_TOKENS)
+    assert answers == [served.expected(source, prompt) for prompt in PROMPTS]
+    assert served.unload("converted").status_code == 200
+
+
 def test_radix_cache_is_used_and_keeps_adapters_apart(served: Served) -> None:
     prompt = list(range(150, 190))
     cached = []

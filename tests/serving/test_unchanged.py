@@ -5,7 +5,7 @@ import sys
 
 _IMPORT_US = """
 import sglang.srt.entrypoints.http_server, sglang.srt.managers.scheduler, sglang.srt.lora.lora_manager
-from tests.serving.probe import changed, sglang_objects
+from tests.serving.snapshot import changed, sglang_objects
 import sglang
 before = sglang_objects()
 assert len(before) > 10_000, len(before)
