@@ -41,6 +41,11 @@ class PeftReference:
         self._peft: PeftModel | None = None
         self._names: dict[Path, str] = {}
 
+    @property
+    def config(self) -> Any:
+        """The base model's config."""
+        return self._base.config
+
     def generate(self, prompt: Sequence[int], adapter: str | Path | None, max_new_tokens: int) -> Generation:
         """Decode greedily, on past end-of-sequence tokens.
 

@@ -115,7 +115,9 @@ def test_lora_adds_no_collectives(case: Case, tmp_path: Path) -> None:
     counts = {}
     for kind, (label, adapters) in enumerate(names.items()):
         prompts = [[400 + kind, 17 + i, 3] for i in range(4)]
-        case.engine.start_profile(output_dir=str(tmp_path / label), activities=["CPU"], record_shapes=True)
+        case.engine.start_profile(
+            output_dir=str(tmp_path / label), activities=["CPU"], record_shapes=True, with_stack=False
+        )
         case.generate(adapters, prompts, new_tokens=3)
         case.engine.stop_profile()
         counts[label] = count_collectives(tmp_path / label)
@@ -128,17 +130,16 @@ def test_lora_adds_no_collectives(case: Case, tmp_path: Path) -> None:
 
 
 def test_each_rank_reads_and_holds_one_nth(case: Case) -> None:
+    """Of an adapter with as many blocks as ranks: of its file, and of the pool that SGLang's own classes would take."""
     whole = sum(tensor.nbytes for tensor in load_file(case.adapters["own"] / "adapter_model.safetensors").values())
-    padded = 0
+    intermediate_size = case.reference.config.intermediate_size
     for rank in range(case.tp):
         own = json.loads((case.probe / f"rank{rank}.json").read_text())["own"]
-        padded += own["pool_bytes"] < own["sglang_pool_bytes"] / case.tp
-        assert own["bytes_read"] <= own["host_bytes"] <= own["pool_bytes"] <= own["sglang_pool_bytes"] / case.tp
-    if not padded:  # SGLang pads the pool where it pads the layers; real rows are what we hold
-        for rank in range(case.tp):
-            own = json.loads((case.probe / f"rank{rank}.json").read_text())["own"]
+        if intermediate_size % (32 * case.tp) == 0:
             assert own["bytes_read"] * case.tp == own["host_bytes"] * case.tp == whole
             assert own["pool_bytes"] * case.tp == own["sglang_pool_bytes"]
+        else:  # Shards of a padded layer do not end where blocks do, so a rank meets a part of one block more.
+            assert own["bytes_read"] <= own["host_bytes"] <= own["pool_bytes"] < own["sglang_pool_bytes"]
 
 
 def test_adapter_from_tensors(case: Case) -> None:

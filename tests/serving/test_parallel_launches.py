@@ -72,6 +72,7 @@ def test_two_nodes(zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             stop(process)
 
 
+@pytest.mark.full
 def test_data_parallel_replicas(zoo: Zoo, tmp_path: Path) -> None:
     model = zoo.model("llama")
     adapters = {"bd4": zoo.adapter(model, "bd4-r8", rank=8, nblocks=4, seed=6)}

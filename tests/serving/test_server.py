@@ -356,7 +356,7 @@ def test_an_adapter_that_fails_on_one_rank_fails_on_all(served: Served, tmp_path
 
 def test_random_loads_uses_and_unloads(served: Served) -> None:
     """Several clients for a while (BDLORA_STRESS_SECONDS): every answer right, memory flat."""
-    seconds = float(os.environ.get("BDLORA_STRESS_SECONDS", "45"))
+    seconds = float(os.environ.get("BDLORA_STRESS_SECONDS", "30"))
     paths = list(served.adapters.values())
     for path in paths:
         served.expected(path, PROMPTS[0])  # PEFT is asked before the clock starts
@@ -385,7 +385,7 @@ def test_random_loads_uses_and_unloads(served: Served) -> None:
                 running.result()
         memory.append(served.server.scheduler_memory())
     print(f"{count[0]} answers, scheduler memory after warm-up and at the end: {memory}")
-    assert count[0] > 20
+    assert count[0] > 10
     assert len(memory[0]) == TP
     for before, after in zip(*memory, strict=True):
         assert after < before * 1.05 + (8 << 20), f"memory grew: {memory}"
