@@ -14,7 +14,7 @@ from sglang.srt.lora.utils import auto_detect_lora_target_modules, get_normalize
 from sglang.srt.managers.io_struct import LoRAUpdateOutput
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.runtime_context import get_parallel
-from sglang.srt.utils import is_pin_memory_available
+from sglang.srt.utils import is_pin_memory_available, replace_submodule
 
 from bdlora_sglang.adapter import Adapter
 from bdlora_sglang.adapter.locate import adapter_folder, check_adapter_name
@@ -149,8 +149,7 @@ class BDLoRAManager(LoRAManager):
 
     def set_lora_module(self, module_name: str, module: torch.nn.Module, **_options: object) -> BaseLayerWithLoRA:
         wrapped = wrap_layer(module_name, module, self.lora_backend)
-        parent, _, leaf = module_name.rpartition(".")
-        setattr(self.base_model.get_submodule(parent), leaf, wrapped)
+        replace_submodule(self.base_model, module_name, wrapped)
         return wrapped
 
     def init_memory_pool(self) -> None:

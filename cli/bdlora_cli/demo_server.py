@@ -3,24 +3,19 @@
 import json
 import os
 import signal
-import socket
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import requests
 
+from bdlora_perf.server_process import ServerProcess, free_port, launch_command
 from bdlora_sglang.errors import BDLoRAError
 
-START_SECONDS = 600
-_STOP_SECONDS = 15
 _REQUEST_SECONDS = 120
-_LOG_TAIL_LINES = 40
 
 
 @dataclass(frozen=True)
@@ -32,39 +27,8 @@ class Answer:
     pieces: int = 1
 
 
-class DemoServer:
-    """A server under way; `start_server` makes it."""
-
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], url: str, log: Path) -> None:
-        self.url, self.log = url, log
-        with log.open("wb") as file:
-            # In a session of its own: every process of the server is in one group, and Ctrl-C reaches the demo alone.
-            self._process = subprocess.Popen(
-                command, stdout=file, stderr=subprocess.STDOUT, env=dict(environment), start_new_session=True
-            )
-
-    def wait_until_healthy(self) -> None:
-        """Return when the server answers; raise `BDLoRAError` with the end of its log when it never will."""
-        deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline:
-            if self._process.poll() is not None:
-                raise BDLoRAError(f"the server ended with exit code {self._process.returncode}.\n{self._log_tail()}")
-            with suppress(requests.RequestException):
-                if requests.get(f"{self.url}/health", timeout=5).status_code == 200:
-                    return
-            time.sleep(0.5)
-        raise BDLoRAError(f"the server was not ready after {START_SECONDS} s.\n{self._log_tail()}")
-
-    def stop(self) -> None:
-        """Ask the server to end, then kill whatever is left of its process group."""
-        try:
-            self._process.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                self._process.wait(_STOP_SECONDS)
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+class DemoServer(ServerProcess):
+    """A server under way; `running_server` makes it."""
 
     def generate(self, adapters: Sequence[str | None], prompt: str, sampling: Mapping[str, Any]) -> list[Answer]:
         """One batch with the same prompt for each adapter; None is the base model."""
@@ -100,24 +64,18 @@ class DemoServer:
         try:
             response = requests.request(method, self.url + path, timeout=_REQUEST_SECONDS, **options)
         except requests.RequestException as error:
-            raise BDLoRAError(f"{self.url}{path}: {error}\n{self._log_tail()}") from error
+            raise BDLoRAError(f"{self.url}{path}: {error}\n{self.log_tail()}") from error
         if response.status_code != 200:
             raise BDLoRAError(f"{self.url}{path}: found status {response.status_code}, expected 200: {response.text}")
         return response
 
     def start_report(self) -> list[str]:
         """What ``bdlora launch`` itself says at its start, without SGLang's log lines around it."""
-        lines = [line for line in self._log_lines() if not line.startswith("[")]
+        lines = [line for line in self.log_lines() if not line.startswith("[")]
         tables = [i for i, line in enumerate(lines) if "Adapters at TP" in line]
         proofs = [i for i, line in enumerate(lines) if line.startswith("BD-LoRA is in place")]
         notes = [line for line in lines if line.startswith("No GPU here")]
         return notes + (lines[tables[0] : proofs[-1] + 1] if tables and proofs else [])
-
-    def _log_lines(self) -> list[str]:
-        return self.log.read_text(errors="replace").splitlines()
-
-    def _log_tail(self) -> str:
-        return "\n".join([f"The end of {self.log}:", *self._log_lines()[-_LOG_TAIL_LINES:]])
 
 
 @contextmanager
@@ -133,13 +91,12 @@ def running_server(
         log: file for everything that the server prints.
         starting: is told the command line before the server starts.
     """
-    port = _free_port()
-    flags = ["launch", "--model", str(model), "--tp", str(tp), "--adapters", str(adapters)]
+    port = free_port()
+    flags = ["--model", str(model), "--tp", str(tp), "--adapters", str(adapters)]
     flags += ["--port", str(port), "--dtype", "float32"]
-    starting(["bdlora", *flags])
+    starting(["bdlora", "launch", *flags])
     with _terminated_as_interrupted():
-        command = [sys.executable, "-m", "bdlora_cli.main", *flags]
-        server = DemoServer(command, _environment(tp), f"http://127.0.0.1:{port}", log)
+        server = DemoServer(launch_command(*flags), f"http://127.0.0.1:{port}", log, _environment(tp))
         try:
             yield server
         finally:
@@ -169,9 +126,3 @@ def _terminated_as_interrupted() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])

@@ -1,6 +1,5 @@
 """The demo's server process: why it did not start, what of its output is shown, and that nothing of it stays behind."""
 
-import os
 import signal
 import sys
 import time
@@ -34,7 +33,7 @@ BD-LoRA is in place: 12 layers, 8 slots of 288.0 KiB per GPU, no communication f
 
 
 def start(program: str, log: Path) -> DemoServer:
-    return DemoServer([sys.executable, "-c", program], os.environ, "http://127.0.0.1:9", log)
+    return DemoServer([sys.executable, "-c", program], "http://127.0.0.1:9", log)
 
 
 def test_a_server_that_does_not_start_shows_the_end_of_its_log(tmp_path: Path) -> None:
@@ -45,7 +44,7 @@ def test_a_server_that_does_not_start_shows_the_end_of_its_log(tmp_path: Path) -
 
 
 def test_stop_leaves_no_process_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bdlora_cli.demo_server._STOP_SECONDS", 0.2)
+    monkeypatch.setattr("bdlora_perf.server_process._STOP_SECONDS", 0.2)
     log = tmp_path / "server.log"
     server = start(_STUBBORN, log)
     while not log.read_text().strip():

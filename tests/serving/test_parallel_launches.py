@@ -6,15 +6,8 @@ from pathlib import Path
 import pytest
 
 from bdlora_perf.reference import PeftReference
-from tests.serving.server import (
-    Server,
-    free_port,
-    launch_command,
-    running_server,
-    start,
-    stop,
-    wait_until_healthy,
-)
+from bdlora_perf.server_process import free_port, launch_command
+from tests.serving.server import Server, running_server
 from tests.serving.zoo import PROMPTS, Zoo
 
 NEW_TOKENS = 6
@@ -29,27 +22,21 @@ def test_two_nodes(zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for node in nodes:
         shutil.copytree(shared, node / "adapters" / "shared")
     shutil.copytree(shared, nodes[0] / "only-here")
-    port, rendezvous = free_port(), free_port()
+    rendezvous = free_port()
     # The limit of a server that will load adapters later: the one given at start is smaller.
     limits = ("--max-lora-rank", 8, "--lora-target-modules", "all")
     flags = (*limits, "--tp", 2, "--nnodes", 2, "--dist-init-addr", f"127.0.0.1:{rendezvous}", "--dtype", "float32")
-    url = f"http://127.0.0.1:{port}"
-    processes = []
+    servers: list[Server] = []
     try:
         for rank, node in enumerate(nodes):
+            port = free_port()
             command = launch_command(
-                model,
-                "--adapters",
-                "adapters",
-                "--node-rank",
-                rank,
-                "--port",
-                port if rank == 0 else free_port(),
-                *flags,
+                "--model", model, "--adapters", "adapters", "--node-rank", rank, "--port", port, *flags
             )
-            processes.append(start(command, tmp_path / f"node{rank}.log", cwd=node))
-        wait_until_healthy(url, processes[0], tmp_path / "node0.log")
-        server = Server(url, processes[0], tmp_path / "node0.log")
+            log = tmp_path / f"node{rank}.log"
+            servers.append(Server(command, f"http://127.0.0.1:{port}", log, folder=node))
+        server = servers[0]
+        server.wait_until_healthy()
         reference = PeftReference(model)
         expected = [reference.generate(PROMPTS[0], path, NEW_TOKENS).tokens for path in (shared, None)]
         assert server.generate(["shared", None], [PROMPTS[0]] * 2, NEW_TOKENS) == expected
@@ -68,8 +55,8 @@ def test_two_nodes(zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         tokens = reference.generate(PROMPTS[2], plain, NEW_TOKENS).tokens
         assert server.generate(["plain"], [PROMPTS[2]], NEW_TOKENS) == [tokens]
     finally:
-        for process in processes:
-            stop(process)
+        for running in servers:
+            running.stop()
 
 
 @pytest.mark.full

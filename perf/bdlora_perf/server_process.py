@@ -1,0 +1,83 @@
+"""A server in a process of its own: started, waited for, and stopped with everything that it started itself."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import requests
+
+from bdlora_sglang.errors import BDLoRAError
+
+START_SECONDS = 600
+_STOP_SECONDS = 15
+_LOG_TAIL_LINES = 40
+
+
+def launch_command(*flags: object) -> list[str]:
+    """``bdlora launch flags...`` with this Python."""
+    return [sys.executable, "-m", "bdlora_cli.main", "launch", *map(str, flags)]
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+class ServerProcess:
+    """A server that is under way at ``url`` and prints to the file ``log``."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        url: str,
+        log: Path,
+        environment: Mapping[str, str] | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        """Start ``command`` in ``folder``; without an environment it gets ours."""
+        self.url, self.log = url, log
+        with log.open("wb") as file:
+            # In a session of its own: every process of the server is in one group, and Ctrl-C reaches us alone.
+            self._process = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=folder, start_new_session=True
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def wait_until_healthy(self) -> None:
+        """Return when the server answers; raise `BDLoRAError` with the end of its log when it never will."""
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            if self._process.poll() is not None:
+                raise BDLoRAError(f"the server ended with exit code {self._process.returncode}.\n{self.log_tail()}")
+            with suppress(requests.RequestException):
+                if requests.get(f"{self.url}/health", timeout=5).status_code == 200:
+                    return
+            time.sleep(0.5)
+        raise BDLoRAError(f"the server was not ready after {START_SECONDS} s.\n{self.log_tail()}")
+
+    def stop(self) -> None:
+        """Ask the server to end, then kill whatever is left of its process group."""
+        try:
+            self._process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(_STOP_SECONDS)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+    def log_lines(self) -> list[str]:
+        return self.log.read_text(errors="replace").splitlines()
+
+    def log_tail(self) -> str:
+        return "\n".join([f"The end of {self.log}:", *self.log_lines()[-_LOG_TAIL_LINES:]])

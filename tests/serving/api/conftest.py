@@ -1,0 +1,24 @@
+import shutil
+from collections.abc import Iterator
+
+import pytest
+
+from tests.serving.api.served import SLOTS, TP, Served
+from tests.serving.server import running_server
+from tests.serving.zoo import Zoo
+
+FLAGS = ("--dtype", "float32", "--max-running-requests", 16, "--chunked-prefill-size", 32, "--enable-metrics")
+
+
+@pytest.fixture(scope="package")
+def served(zoo: Zoo, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    model = zoo.model("llama")
+    adapters = zoo.adapters(model)
+    # Nothing but the adapters in the folder that --adapters names.
+    folder = tmp_path_factory.mktemp("adapters")
+    for name, path in adapters.items():
+        shutil.copytree(path, folder / name)
+    log = tmp_path_factory.mktemp("server") / "server.log"
+    flags = ("--tp", TP, "--adapters", folder, "--max-loras-per-batch", SLOTS, *FLAGS)
+    with running_server(model, log, *flags) as server:
+        yield Served(server, model, {name: folder / name for name in adapters})
