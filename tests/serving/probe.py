@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang.srt.lora.mem_pool import LoRAMemoryPool
+from sglang.srt.runtime_context import get_parallel
 
 from bdlora_sglang.serving.local_adapter import LocalAdapter
 from bdlora_sglang.serving.manager import BDLoRAManager
@@ -17,30 +18,29 @@ PROBE_FOLDER = "BDLORA_TEST_PROBE_FOLDER"
 
 
 class ProbedScheduler(BDLoRAScheduler):
-    """Writes ``rank<N>.json`` before it serves, and ``changed<N>.json`` when it stops."""
+    """Writes ``rank<N>.json`` before it serves, and ``changed<N>.json`` then and after each unloaded adapter."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._sglang_before = sglang_objects()
         super().__init__(*args, **kwargs)
 
     def run_event_loop(self) -> None:
-        from sglang.srt.runtime_context import get_parallel
-
-        folder, rank = Path(os.environ[PROBE_FOLDER]), get_parallel().tp_rank
-        (folder / f"rank{rank}.json").write_text(json.dumps(self._measure()))
-        self._report_changes(folder, rank)
+        self._report("rank", self._measure())
+        self._report("changed", changed(self._sglang_before, sglang_objects()))
         super().run_event_loop()
 
-    def _report_changes(self, folder: Path, rank: int) -> None:
-        (folder / f"changed{rank}.json").write_text(json.dumps(changed(self._sglang_before, sglang_objects())))
-
     def unload_lora_adapter(self, recv_req: Any) -> Any:
-        # By now requests have run: the last report is of a scheduler that has served.
-        from sglang.srt.runtime_context import get_parallel
-
         result = super().unload_lora_adapter(recv_req)
-        self._report_changes(Path(os.environ[PROBE_FOLDER]), get_parallel().tp_rank)
+        # By now requests have run: this is the report of a scheduler that has served.
+        self._report("changed", changed(self._sglang_before, sglang_objects()))
         return result
+
+    def _report(self, what: str, content: Any) -> None:
+        path = Path(os.environ[PROBE_FOLDER]) / f"{what}{get_parallel().tp_rank}.json"
+        # Renamed, because the test reads it when the first rank has answered, and this one may be a moment later.
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(content))
+        partial.replace(path)
 
     def _measure(self) -> dict[str, dict[str, int]]:
         return {lora.name: self._measure_adapter(lora) for lora in self._manager.loras.values()}
