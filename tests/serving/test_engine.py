@@ -1,5 +1,6 @@
 """`bdlora_sglang.Engine` against PEFT's own forward: every kind of adapter in one mixed batch, on every TP degree."""
 
+import atexit
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -67,6 +68,8 @@ def _case(zoo: Zoo, model: Path, tp: int, dtype: str, probe: Path) -> Iterator[C
         yield Case(engine, tp, adapters, PeftReference(model, getattr(torch, dtype)), probe)
     finally:
         engine.shutdown()
+        # SGLang would shut it down once more at exit, and log that to a stream which pytest has closed.
+        atexit.unregister(engine.shutdown)
 
 
 def _marked(case: tuple[str, int]) -> Any:

@@ -25,6 +25,8 @@ def test_two_nodes(zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     rendezvous = free_port()
     # The limit of a server that will load adapters later: the one given at start is smaller.
     limits = ("--max-lora-rank", 8, "--lora-target-modules", "all")
+    # SGLang copies adapters into the pool while a batch runs.
+    limits += ("--enable-lora-overlap-loading", "--max-loras-per-batch", 3, "--max-loaded-loras", 4)
     flags = (*limits, "--tp", 2, "--nnodes", 2, "--dist-init-addr", f"127.0.0.1:{rendezvous}", "--dtype", "float32")
     servers: list[Server] = []
     try:

@@ -137,7 +137,7 @@ def test_an_adapter_from_bdlora_convert(served: Served, tmp_path: Path) -> None:
     from bdlora_sglang.convert import ConvertOptions, lora2bd
 
     source = served.adapters["plain-r4-qv"]
-    lora2bd(source, tmp_path / "converted", ConvertOptions(nblocks=4))
+    lora2bd(source, tmp_path / "converted", ConvertOptions(nblocks=4), lossless=True)
     assert served.load("converted", tmp_path / "converted").status_code == 200
     answers = served.server.generate(["converted"] * len(PROMPTS), list(PROMPTS), NEW_TOKENS)
     assert answers == [served.expected(source, prompt) for prompt in PROMPTS]
