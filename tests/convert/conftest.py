@@ -1,20 +1,13 @@
-"""Small models and adapters for these tests. The tensors are so small that a second thread only costs time."""
+"""Small models and adapters for these tests."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from bdlora_perf.synthetic import make_adapter, make_model
+from tests.threads import one_thread
 
-
-@pytest.fixture(autouse=True, scope="package")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+__all__ = ["lora", "model", "one_thread"]
 
 
 @pytest.fixture(scope="session")

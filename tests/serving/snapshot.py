@@ -3,7 +3,7 @@
 import inspect
 import sys
 
-# SGLang replaces this function of its own when it starts a scheduler.
+# SGLang replaces this function itself when a scheduler starts (`srt.utils.common.monkey_patch_p2p_access_check`).
 _REPLACED_BY_SGLANG = {"sglang.srt.distributed.device_communicators.custom_all_reduce_utils.gpu_p2p_access_check"}
 
 
