@@ -50,6 +50,16 @@ class LayerFactors:
         """A view of the slice's B, ``(output_size, rank)``."""
         return self._view(self.b_SE[slot], part.b_offset, part.output_size, part.rank)
 
+    def write(self, slot: int, packed: "PackedFactors") -> None:
+        """Fill a slot; copies from pinned memory do not wait for the device."""
+        self.a_SE[slot, : packed.a_E.numel()].copy_(packed.a_E, non_blocking=True)
+        self.b_SE[slot, : packed.b_E.numel()].copy_(packed.b_E, non_blocking=True)
+        self.slices[slot] = packed.slices
+
+    def clear(self, slot: int) -> None:
+        """Empty a slot: its tokens get nothing added."""
+        self.slices[slot] = ()
+
     @staticmethod
     def _view(flat: torch.Tensor, offset: int, rows: int, columns: int) -> torch.Tensor:
         return flat[offset : offset + rows * columns].view(rows, columns)
@@ -84,23 +94,24 @@ class UnpackedSlice:
     scaling: float
 
 
-def pack(parts: Sequence[UnpackedSlice]) -> PackedFactors:
+def pack(parts: Sequence[UnpackedSlice], gathered: int = 1) -> PackedFactors:
     """Lay the factors of one layer out for a slot, in the order given; ``parts`` must not be empty.
 
-    Neighbours that read the same inputs share one A matrix, so only the first of such a run is aligned.
+    Neighbours that read the same inputs share one A matrix, so only the first of such a run is aligned. ``gathered``
+    is the number of ranks whose shrink outputs B takes: its columns are those of ``gathered`` A factors.
     """
     slices: list[Slice] = []
     a_stop = b_stop = 0
     for part in parts:
         (rank, input_size), output_size = part.a.shape, part.b.shape[0]
-        assert part.b.shape[1] == rank, (part.a.shape, part.b.shape)
+        assert part.b.shape[1] == gathered * rank, (part.a.shape, part.b.shape, gathered)
         window = (part.input_start, input_size)
         if not slices or window != (slices[-1].input_start, slices[-1].input_size):
             a_stop = align(a_stop)
         b_stop = align(b_stop)
         slices.append(Slice(*window, part.output_start, output_size, rank, a_stop, b_stop, part.scaling))
         a_stop += rank * input_size
-        b_stop += output_size * rank
+        b_stop += part.b.numel()
     a_E = parts[0].a.new_zeros(align(a_stop))
     b_E = parts[0].b.new_zeros(align(b_stop))
     for part, place in zip(parts, slices, strict=True):

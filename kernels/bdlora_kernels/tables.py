@@ -1,0 +1,231 @@
+"""What the Triton kernels read from device memory: where tokens and factors stand.
+
+All tables have a fixed capacity and fixed addresses, so that a captured CUDA graph finds new adapters and new batches
+in them. They are filled by asynchronous copies on the current stream; nothing here waits for the device.
+
+Shape suffixes: S slots, G tiles of tokens, T tokens, B blocks of rows of A, P slices, F fields of one entry.
+"""
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+
+from bdlora_kernels.layout import Slice
+
+# int32 fields of an entry: one aligned load of 16 or 32 bytes.
+TILE_FIELDS = 4
+ENTRY_FIELDS = 8
+# Ranks that one program multiplies at a time: a tensor core takes 16; beyond 32 the expand runs out of registers.
+_MIN_BLOCK, _MAX_SHRINK_BLOCK, _MAX_EXPAND_BLOCK = 16, 64, 32
+
+
+@dataclass(frozen=True)
+class ShrinkGroup:
+    """``h[:, h_start + r] = x[:, inputs] @ A[r]`` for the ``rank`` rows of an A that lies at ``a_offset``."""
+
+    input_start: int
+    input_size: int
+    rank: int
+    a_offset: int
+    h_start: int
+
+    def blocks(self, block_rows: int) -> list["ShrinkGroup"]:
+        """The same rows in blocks of at most ``block_rows``."""
+        return [
+            ShrinkGroup(
+                self.input_start,
+                self.input_size,
+                min(block_rows, self.rank - row),
+                self.a_offset + row * self.input_size,
+                self.h_start + row,
+            )
+            for row in range(0, self.rank, block_rows)
+        ]
+
+
+@dataclass(frozen=True)
+class ExpandSlice:
+    """``y[:, outputs] += scaling * h[:, h_start : h_start + rank] @ B.T`` for the B that lies at ``b_offset``.
+
+    ``b_row_size`` elements lie between its rows: more than ``rank`` where B is some columns of a wider matrix, as in
+    the fully sharded mode, whose ``h`` comes from several TP ranks.
+    """
+
+    output_start: int
+    output_size: int
+    rank: int
+    b_row_size: int
+    b_offset: int
+    h_start: int
+    scaling: float
+
+
+def shrink_groups(slices: Sequence[Slice]) -> list[ShrinkGroup]:
+    """The A matrices of a slot: neighbours that read the same inputs are one. ``h`` holds one column a row of A."""
+    groups: list[ShrinkGroup] = []
+    h_start = 0
+    for (input_start, input_size), run in groupby(slices, key=lambda part: (part.input_start, part.input_size)):
+        parts = list(run)
+        rank = sum(part.rank for part in parts)
+        groups.append(ShrinkGroup(input_start, input_size, rank, parts[0].a_offset, h_start))
+        h_start += rank
+    return groups
+
+
+def expand_slices(slices: Sequence[Slice]) -> list[ExpandSlice]:
+    """The B matrices of a slot, which read the columns of ``h`` that `shrink_groups` writes."""
+    parts: list[ExpandSlice] = []
+    h_start = 0
+    for part in slices:
+        outputs = (part.output_start, part.output_size)
+        parts.append(ExpandSlice(*outputs, part.rank, part.rank, part.b_offset, h_start, part.scaling))
+        h_start += part.rank
+    return parts
+
+
+class _SlotTable:
+    """Entries of ENTRY_FIELDS integers for each slot, behind a header whose first field is their number."""
+
+    def __init__(self, num_slots: int, capacity: int, device: torch.device) -> None:
+        self.capacity = capacity
+        self.entries_SEF = torch.zeros(num_slots, 1 + capacity, ENTRY_FIELDS, dtype=torch.int32, device=device)
+
+    def _write(self, slot: int, entries: Sequence[Sequence[int]]) -> None:
+        if len(entries) > self.capacity:
+            raise ValueError(f"slot {slot}: found {len(entries)} entries, expected at most {self.capacity}")
+        rows = [(len(entries),), *entries]
+        padded = [[*row, *[0] * (ENTRY_FIELDS - len(row))] for row in rows]
+        copy_to_device(self.entries_SEF[slot, : len(rows)], torch.tensor(padded, dtype=torch.int32))
+
+
+class ShrinkTable(_SlotTable):
+    """For each slot, the blocks of at most ``block_rank`` rows of A that its tokens are multiplied with."""
+
+    def __init__(self, num_slots: int, capacity: int, block_rank: int, device: torch.device) -> None:
+        super().__init__(num_slots, capacity, device)
+        self.block_rank = block_rank
+
+    def write(self, slot: int, groups: Sequence[ShrinkGroup]) -> None:
+        """Replace what ``slot`` holds; raises ValueError beyond the table's capacity."""
+        blocks = [block for group in groups for block in group.blocks(self.block_rank)]
+        fields = [(b.input_start, b.input_size, b.rank, b.a_offset, b.h_start) for b in blocks]
+        self._write(slot, fields)
+
+
+class ExpandTable(_SlotTable):
+    """For each slot, its slices, whose columns are multiplied ``block_rank`` at a time."""
+
+    def __init__(self, num_slots: int, capacity: int, block_rank: int, device: torch.device) -> None:
+        super().__init__(num_slots, capacity, device)
+        self.block_rank = block_rank
+
+    def write(self, slot: int, slices: Sequence[ExpandSlice]) -> None:
+        """Replace what ``slot`` holds; raises ValueError beyond the table's capacity."""
+        fields = [
+            (s.output_start, s.output_size, s.rank, s.b_row_size, s.b_offset, s.h_start, _bits(s.scaling))
+            for s in slices
+        ]
+        self._write(slot, fields)
+
+
+@dataclass(frozen=True)
+class SliceTables:
+    """The tables of one layer; ``h_size`` is the largest sum of ranks of a slot."""
+
+    shrink: ShrinkTable
+    expand: ExpandTable
+    h_size: int
+
+    @classmethod
+    def allocate(
+        cls, num_slots: int, max_slices: int, max_groups: int, max_rank: int, h_size: int, device: torch.device
+    ) -> "SliceTables":
+        """Empty tables.
+
+        Args:
+            num_slots: slots of the layer's pool.
+            max_slices: slices of a slot, at most.
+            max_groups: groups of slices that read the same inputs, at most: 1 where all slices read all inputs.
+            max_rank: largest rank of a slice.
+            h_size: largest sum of the ranks of a slot.
+            device: that of the pool.
+        """
+        block_rank = _block_rank(h_size, _MAX_SHRINK_BLOCK)
+        # Every group may end in a block that is not full.
+        shrink = ShrinkTable(num_slots, -(-h_size // block_rank) + max_groups - 1, block_rank, device)
+        return cls(shrink, ExpandTable(num_slots, max_slices, _block_rank(max_rank, _MAX_EXPAND_BLOCK), device), h_size)
+
+    def write(self, slot: int, slices: Sequence[Slice]) -> None:
+        """Replace what ``slot`` holds; no slices: its tokens are left alone."""
+        total = sum(part.rank for part in slices)
+        if total > self.h_size:
+            raise ValueError(f"slot {slot}: found {total} ranks together, expected at most {self.h_size}")
+        self.shrink.write(slot, shrink_groups(slices))
+        self.expand.write(slot, expand_slices(slices))
+
+
+class SegmentTable:
+    """The tokens of a batch, sorted by slot and cut into tiles of at most ``block_tokens`` tokens of one slot.
+
+    Unused tiles have no tokens: their programs exit at once, so a launch may cover more tiles than there are.
+    """
+
+    def __init__(self, max_tokens: int, max_segments: int, block_tokens: int, device: torch.device) -> None:
+        """Room for ``max_tokens`` tokens of up to ``max_segments`` slots."""
+        self.max_tokens, self.max_segments, self.block_tokens = max_tokens, max_segments, block_tokens
+        self._tile_elements = self.max_tiles(max_tokens) * TILE_FIELDS
+        # Tiles and tokens in one buffer: one copy a batch.
+        self._buffer = torch.zeros(self._tile_elements + max_tokens, dtype=torch.int32, device=device)
+        self.tiles_GF = self._buffer[: self._tile_elements].view(-1, TILE_FIELDS)
+        self.tokens_T = self._buffer[self._tile_elements :]
+
+    def max_tiles(self, num_tokens: int) -> int:
+        """The most tiles that ``num_tokens`` tokens can fall into: each slot's last tile may be partly filled."""
+        return min(num_tokens, -(-num_tokens // self.block_tokens) + self.max_segments - 1)
+
+    def fill(self, slots: Sequence[int], lengths: Sequence[int]) -> None:
+        """Describe a batch.
+
+        Args:
+            slots: the slot of each request; negative for the base model, whose tokens fall into no tile.
+            lengths: the number of tokens of each request, in the order in which they lie in the batch.
+        """
+        slot_R, length_R = torch.tensor(slots, dtype=torch.int64), torch.tensor(lengths, dtype=torch.int64)
+        slot_T = slot_R.repeat_interleave(length_R)
+        order_T = slot_T.argsort(stable=True)[int((slot_T < 0).sum()) :]
+        counts_S = torch.bincount(slot_T[order_T]).tolist()
+        segments = [(slot, count) for slot, count in enumerate(counts_S) if count]
+        if len(order_T) > self.max_tokens or len(segments) > self.max_segments:
+            raise ValueError(
+                f"found {len(order_T)} tokens of {len(segments)} slots, "
+                f"expected at most {self.max_tokens} of {self.max_segments}"
+            )
+        tiles: list[int] = []
+        start = 0
+        for slot, count in segments:
+            for first in range(0, count, self.block_tokens):
+                tiles += (slot, start + first, min(self.block_tokens, count - first), 0)
+            start += count
+        staged = torch.zeros(self._tile_elements + len(order_T), dtype=torch.int32)
+        staged[: len(tiles)] = torch.tensor(tiles, dtype=torch.int32)
+        staged[self._tile_elements :] = order_T
+        copy_to_device(self._buffer[: len(staged)], staged)
+
+
+def copy_to_device(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy without waiting. Pinned memory is new each time: its allocator reuses it when the copy has been made."""
+    target.copy_(source.pin_memory() if target.is_cuda else source, non_blocking=True)
+
+
+def _block_rank(rank: int, largest: int) -> int:
+    """Ranks that one program multiplies at a time, for ranks up to ``rank``."""
+    return min(max(1 << (rank - 1).bit_length(), _MIN_BLOCK), largest)
+
+
+def _bits(value: float) -> int:
+    """A float32 as the int32 of the same bits."""
+    (bits,) = struct.unpack("<i", struct.pack("<f", value))
+    return int(bits)

@@ -1,0 +1,76 @@
+"""What is measured, and the report of it; figures worked out by hand."""
+
+import pytest
+
+from bdlora_perf.kernels.results import make_report
+from bdlora_perf.kernels.shapes import Case, all_cases, layer_shape
+
+
+@pytest.mark.parametrize(
+    ("model", "tp", "layer", "inputs", "outputs"),
+    [
+        ("Llama-3.1-70B", 8, "qkv", 8192, (1024, 128, 128)),
+        ("Llama-3.1-70B", 8, "o", 1024, (8192,)),
+        ("Llama-3.1-70B", 8, "gate_up", 8192, (3584, 3584)),
+        ("Llama-3.1-70B", 8, "down", 3584, (8192,)),
+        ("Llama-3.1-8B", 4, "qkv", 4096, (1024, 256, 256)),
+        ("Llama-3.1-8B", 1, "down", 14336, (4096,)),
+    ],
+)
+def test_layer_shapes(model: str, tp: int, layer: str, inputs: int, outputs: tuple[int, ...]) -> None:
+    found = layer_shape(model, tp, layer)
+    assert (found.inputs, found.outputs) == (inputs, outputs)
+
+
+def test_least_bytes_and_operations() -> None:
+    """One token of one adapter at the o layer: A 8 x 1024, B 8192 x 8, x 1024 read, y 8192 read and written."""
+    case = Case("Llama-3.1-70B", 8, "o", "decode", 1, 1, "uniform", 8)
+    assert case.floor_bytes() == 2 * (8 * 1024 + 8 * 8192 + 1024 + 2 * 8192)
+    assert case.floating_point_operations() == 2 * 8 * (1024 + 8192)
+    # A BD-LoRA of 8 blocks of rank 8 is matched with plain LoRA of rank 32 (2 r) and 16 (4 r).
+    assert case.matched_ranks() == {"r2": 32, "r4": 16}
+
+
+def test_cases_come_once_and_the_most_telling_first() -> None:
+    cases = list(all_cases())
+    assert len(cases) == len(set(cases))
+    assert [case.layer for case in cases[:4]] == ["qkv", "o", "gate_up", "down"]
+    assert {(case.model, case.tp, case.rank, case.tokens) for case in cases[:4]} == {("Llama-3.1-70B", 8, 8, 64)}
+    assert {case.rank for case in cases} == {2, 4, 8, 16, 32, 64}
+    assert {case.tp for case in cases} == {1, 4, 8}
+    assert all(slot < case.adapters for case in cases for slot in case.slots())
+
+
+def test_report() -> None:
+    case = Case("Llama-3.1-70B", 8, "o", "decode", 1, 1, "uniform", 8)
+    systems = {
+        "bdlora": {"rank": 8, "error_units": 0.5, "times_us": [2.0, 4.0, 3.0]},
+        "csgmv": {"rank": 8, "error_units": 0.6, "times_us": [6.0, 6.0, 5.0]},
+        "triton": {"rank": 8, "failure": "RuntimeError: no"},
+        "triton_v2": {"rank": 8, "error_units": 0.6, "times_us": [4.5, 4.5, 9.0]},
+        "csgmv_r2": {"rank": 32, "error_units": 0.6, "times_us": [9.0, 9.0, 9.0]},
+    }
+    floor = {"floor_bytes": 6_000_000, "floating_point_operations": 3_000_000}
+    raw = {
+        "started": "2026-01-01T00:00:00+00:00",
+        "seconds": 1.0,
+        "command": "measure",
+        "machine": {"gpu": "a GPU"},
+        "ceilings": {"copy_gb_per_s": 4000.0, "launch_us": 1.0},
+        "cases": [{"point": case.point, **floor, "systems": systems}],
+    }
+    report = make_report(raw)
+    assert report.kind == "kernels" and report.baselines == ("csgmv", "triton", "triton_v2")
+    assert report.systems["csgmv_r2"].label == "SGLang csgmv, plain LoRA, half the BD rank"
+    (first, *_) = report.samples
+    # 6 MB in 2 us are 3000 GB/s, 3 MFLOP in 2 us are 1.5 TFLOP/s.
+    assert first.metrics == pytest.approx(
+        {"time_us": 2.0, "gb_per_s": 3000.0, "tflop_per_s": 1.5, "share_of_ceiling": 0.75}
+    )
+    assert [(failure.system, failure.message) for failure in report.failures] == [("triton", "RuntimeError: no")]
+    assert report.notes == (
+        "decode: 1.50 times as fast as the best of SGLang's on the same factors "
+        "(geometric mean of 1 cases, 1.50 to 1.50).",
+        "decode: 3.00 times as fast as the best of SGLang's serving plain LoRA, half the BD rank "
+        "(geometric mean of 1 cases, 3.00 to 3.00).",
+    )

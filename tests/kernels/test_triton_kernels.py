@@ -1,0 +1,220 @@
+"""The Triton kernels against dense float64 products, element by element; scratch memory holds NaN before each run."""
+
+import random
+
+import pytest
+import torch
+
+from tests.kernels.test_reference import BASE, DTYPES, INPUTS, OUTPUTS, SEGMENTS, SLICES, SLOTS, Window, whole
+from tests.kernels.triton_support import (
+    CONFIGURATIONS,
+    DEVICE,
+    MAX_SPLITS,
+    NO_SPLITS,
+    ONE_LAUNCH,
+    POISON,
+    RUNNABLE,
+    TWO_LAUNCHES,
+    Request,
+    assert_close,
+    make_layer,
+    random_tokens,
+    segment_table,
+)
+
+if not RUNNABLE:
+    pytest.skip("neither a GPU nor TRITON_INTERPRET=1: test_triton_interpreter.py runs these", allow_module_level=True)
+
+from bdlora_kernels.configurations import Configuration, device_configurations
+from bdlora_kernels.launch import Scratch, add_lora_delta_triton, expand, shrink
+from bdlora_kernels.tables import ExpandSlice, ExpandTable, SegmentTable
+
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+each_configuration = pytest.mark.parametrize("configuration", CONFIGURATIONS.values(), ids=CONFIGURATIONS)
+
+# Sizes at which 16-byte loads are possible.
+WIDE_INPUTS, WIDE_OUTPUTS = 256, 96
+WIDE_SLICES: dict[str, list[Window]] = {
+    "qkv": [Window(range(WIDE_INPUTS), outputs, 8) for outputs in (range(64), range(64, 80), range(80, 96))],
+    "gate-up": [Window(range(WIDE_INPUTS), outputs, 16) for outputs in (range(48), range(48, 96))],
+    "row-blocks": [Window(range(start, start + 64), range(WIDE_OUTPUTS), 24) for start in range(0, 256, 64)],
+    "even-rank": [Window(range(WIDE_INPUTS), range(WIDE_OUTPUTS), 2)],
+}
+MIXED = [SLICES["plain-rank16"], SLICES["qkv"], [], SLICES["row-blocks"], SLICES["plain-rank1"]]
+
+
+def check(
+    by_slot: list[list[Window]],
+    requests: list[Request],
+    dtype: torch.dtype,
+    configuration: Configuration | None,
+    inputs: int = INPUTS,
+    outputs: int = OUTPUTS,
+    block_tokens: int = 16,
+) -> None:
+    layer = make_layer(by_slot, dtype)
+    x_TI, y_TO = random_tokens(requests, inputs, outputs, dtype)
+    tokens = len(x_TI)
+    splits = device_configurations(DEVICE).max_splits(block_tokens) if configuration is None else configuration.splits
+    scratch = Scratch.allocate(tokens, layer.tables.h_size, splits, DEVICE)
+    scratch.h.fill_(POISON)
+    x, wide_y = x_TI.to(DEVICE), torch.full((tokens, outputs + 3), 7.0, dtype=dtype, device=DEVICE)
+    result = wide_y[:, :outputs]
+    result.copy_(y_TO)
+    segments = segment_table(requests, len(by_slot), block_tokens)
+    add_lora_delta_triton(result, x, layer.factors, layer.tables, segments, scratch, configuration)
+    assert (wide_y[:, outputs:] == 7).all()
+    assert not scratch.counters_G.any(), "the next launch would not wait"
+    assert_close(result.cpu(), y_TO, x_TI, layer.unpacked, requests)
+
+
+@each_configuration
+@pytest.mark.parametrize("requests", SEGMENTS.values(), ids=SEGMENTS)
+def test_every_slot_different(requests: list[Request], configuration: Configuration) -> None:
+    """Ranks, block counts and scalings in one launch; one slot's adapter does not touch this layer."""
+    check(MIXED, requests, torch.bfloat16, configuration)
+
+
+@each_dtype
+@pytest.mark.parametrize("requests", SEGMENTS.values(), ids=SEGMENTS)
+def test_every_type(requests: list[Request], dtype: torch.dtype) -> None:
+    check(MIXED, requests, dtype, NO_SPLITS)
+
+
+@each_dtype
+@pytest.mark.parametrize("windows", SLICES.values(), ids=SLICES)
+def test_odd_slices(windows: list[Window], dtype: torch.dtype) -> None:
+    check([windows] * 3, [(2, 5), (0, 1), (BASE, 2), (2, 14)], dtype, NO_SPLITS)
+
+
+@each_configuration
+@pytest.mark.parametrize("windows", WIDE_SLICES.values(), ids=WIDE_SLICES)
+def test_wide_slices(windows: list[Window], configuration: Configuration) -> None:
+    requests = [(2, 5), (0, 1), (BASE, 2), (2, 14)]
+    check([windows] * 3, requests, torch.bfloat16, configuration, WIDE_INPUTS, WIDE_OUTPUTS)
+
+
+@pytest.mark.parametrize("configuration", [None, ONE_LAUNCH], ids=["of-this-device", "one-launch"])
+@pytest.mark.parametrize("rank", [1, 2, 3, 5, 8, 16, 17, 31, 32, 33, 64, 100, 128, 255, 256])
+def test_rank(rank: int, configuration: Configuration | None) -> None:
+    """Beside rank 3 in the same launch."""
+    by_slot = [[Window(range(40), range(24), rank)], [Window(range(40), range(24), 3)]]
+    check(by_slot, [(1, 2), (0, 3)], DTYPES[rank % 3], configuration, 40, 24)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 15, 16, 17, 31, 63, 64, 65, 127, 255, 256, 257, 1001, 4096])
+def test_tokens(tokens: int) -> None:
+    """Of three slots, and the base model's in between; 64 tokens a tile beyond 256."""
+    source = random.Random(tokens)
+    requests: list[Request] = []
+    while (left := tokens - sum(length for _, length in requests)) > 0:
+        requests.append((source.randint(BASE, 2), source.randint(1, max(1, min(left, tokens // 3)))))
+    by_slot = [[Window(range(24), range(16), rank)] for rank in (8, 3, 2)]
+    check(by_slot, requests, DTYPES[tokens % 3], NO_SPLITS, 24, 16, block_tokens=16 if tokens <= 256 else 64)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_layout(seed: int) -> None:
+    source = random.Random(seed)
+
+    def window(size: int) -> range:
+        start = source.randrange(size)
+        return range(start, source.randint(start + 1, size))
+
+    shared = window(INPUTS)
+    by_slot = [
+        [
+            Window(
+                shared if source.random() < 0.5 else window(INPUTS), window(OUTPUTS), source.choice([1, 2, 4, 7, 8, 40])
+            )
+            for _ in range(source.randint(0, 5))
+        ]
+        for _ in range(SLOTS)
+    ]
+    by_slot[0] = by_slot[0] or whole(2)
+    requests = [(source.randint(BASE, SLOTS - 1), source.randint(0, 20)) for _ in range(source.randint(1, 8))]
+    check(by_slot, requests, source.choice(DTYPES), source.choice(list(CONFIGURATIONS.values())))
+
+
+def test_slots_and_batches_may_change() -> None:
+    """The same tables and scratch serve other adapters and other batches: nothing of the last ones is left."""
+    first = make_layer(MIXED, torch.float32)
+    other = make_layer(list(reversed(MIXED)), torch.float32, seed=5)
+    segments = SegmentTable(64, SLOTS, 16, DEVICE)
+    scratch = Scratch.allocate(64, first.tables.h_size, MAX_SPLITS, DEVICE)
+    for layer, requests in (
+        (first, SEGMENTS["uniform"]),
+        (other, SEGMENTS["interleaved"]),
+        (first, SEGMENTS["one-token"]),
+    ):
+        for slot, slices in enumerate(layer.factors.slices):
+            first.tables.write(slot, slices)
+        segments.fill([slot for slot, _ in requests], [length for _, length in requests])
+        x_TI, y_TO = random_tokens(requests, INPUTS, OUTPUTS, torch.float32)
+        # As many rows as a captured launch has: those behind the batch's are padding, in no segment.
+        padded_x, padded_y = (torch.full((64, size), POISON, device=DEVICE) for size in (INPUTS, OUTPUTS))
+        padded_x[: len(x_TI)], padded_y[: len(y_TO)] = x_TI, y_TO
+        scratch.h.fill_(POISON)
+        for configuration in (ONE_LAUNCH, TWO_LAUNCHES):
+            result = padded_y.clone()
+            add_lora_delta_triton(result, padded_x, layer.factors, first.tables, segments, scratch, configuration)
+            assert_close(result[: len(y_TO)].cpu(), y_TO, x_TI, layer.unpacked, requests)
+            assert result[len(y_TO) :].isnan().all()
+
+
+def test_the_same_bits_every_time() -> None:
+    requests = SEGMENTS["skewed"]
+    layer = make_layer(MIXED, torch.float32)
+    x_TI, y_TO = random_tokens(requests, INPUTS, OUTPUTS, torch.float32)
+    results = []
+    for _ in range(3):
+        result = y_TO.to(DEVICE, copy=True)
+        scratch = Scratch.allocate(len(x_TI), layer.tables.h_size, MAX_SPLITS, DEVICE)
+        segments = segment_table(requests, SLOTS)
+        add_lora_delta_triton(result, x_TI.to(DEVICE), layer.factors, layer.tables, segments, scratch, ONE_LAUNCH)
+        results.append(result)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_fully_sharded() -> None:
+    """S-LoRA: two ranks shrink the halves of A's rows, gather, and expand with all columns of B."""
+    rank, half, inputs, outputs = 12, 6, 40, 24
+    whole_layer = make_layer([[Window(range(inputs), range(outputs), rank)]], torch.float32)
+    x_TI, y_TO = random_tokens([(0, 5)], inputs, outputs, torch.float32)
+    segments = segment_table([(0, 5)], 1)
+    gathered = []
+    for start in (0, half):
+        part = make_layer([[Window(range(inputs), range(outputs), half)]], torch.float32)
+        (place,) = part.factors.slices[0]
+        (stored,) = whole_layer.unpacked[0]
+        part.factors.a(0, place).copy_(stored.a[start : start + half])
+        h_PTR = torch.full((1, 5, half), POISON, device=DEVICE)
+        shrink(h_PTR, x_TI.to(DEVICE), part.factors.a_SE, part.tables.shrink, segments, NO_SPLITS)
+        gathered.append(h_PTR[0])
+    # Rank after rank, each with room for more columns than it uses.
+    h_PTR = torch.full((1, 5, 2 * 8), POISON, device=DEVICE)
+    table = ExpandTable(1, 2, 16, DEVICE)
+    table.write(
+        0, [ExpandSlice(0, outputs, half, rank, n * half, n * 8, whole_layer.unpacked[0][0].scaling) for n in (0, 1)]
+    )
+    for n, h_TR in enumerate(gathered):
+        h_PTR[0, :, n * 8 : n * 8 + half] = h_TR
+    result = y_TO.to(DEVICE, copy=True)
+    expand(result, h_PTR, whole_layer.factors.b_SE, table, segments, NO_SPLITS)
+    assert_close(result.cpu(), y_TO, x_TI, whole_layer.unpacked, [(0, 5)])
+
+
+@pytest.mark.parametrize("broken", ["x-dtype", "x-columns", "y-columns", "too-many-tokens"])
+def test_launchers_refuse(broken: str) -> None:
+    layer = make_layer([whole(2)], torch.float32)
+    x, y = torch.zeros(4, INPUTS, device=DEVICE), torch.zeros(4, OUTPUTS, device=DEVICE)
+    segments = segment_table([(0, 3 if broken == "too-many-tokens" else 4)], 1)
+    if broken == "x-dtype":
+        x = x.to(torch.bfloat16)
+    if broken == "x-columns":
+        x = x.T.contiguous().T
+    if broken == "y-columns":
+        y = y.T.contiguous().T
+    scratch = Scratch.allocate(4, 2, MAX_SPLITS, DEVICE)
+    with pytest.raises(AssertionError):
+        add_lora_delta_triton(y, x, layer.factors, layer.tables, segments, scratch, NO_SPLITS)

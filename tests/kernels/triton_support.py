@@ -1,0 +1,105 @@
+"""What the tests of the Triton kernels share: a layer on the device, and one checked run of it.
+
+The tests run compiled on a GPU, else in Triton's interpreter, in processes that set TRITON_INTERPRET before they start.
+"""
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from bdlora_kernels import LayerFactors, UnpackedSlice
+from bdlora_kernels.configurations import Configuration
+from bdlora_kernels.tables import SegmentTable, SliceTables, shrink_groups
+from tests.kernels.test_reference import Window, dense, make_factors
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+RUNNABLE = INTERPRETED or torch.cuda.is_available()
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+
+Request = tuple[int, int]
+POISON = float("nan")
+MAX_SPLITS = 4
+# Small blocks: many programs and many edges in small shapes.
+TWO_LAUNCHES = Configuration(
+    fused=False,
+    pdl=False,
+    splits=3,
+    block_k=32,
+    shrink_warps=4,
+    shrink_stages=2,
+    block_o=32,
+    expand_warps=4,
+    max_registers=255,
+)
+ONE_LAUNCH = replace(TWO_LAUNCHES, fused=True, splits=2)
+NO_SPLITS = replace(TWO_LAUNCHES, splits=1, block_k=64, block_o=64)
+CONFIGURATIONS = {"two-launches": TWO_LAUNCHES, "one-launch": ONE_LAUNCH, "no-splits": NO_SPLITS}
+
+
+@dataclass
+class Layer:
+    """Factors on the device with their tables; ``unpacked`` stays on the CPU, for the reference."""
+
+    factors: LayerFactors
+    tables: SliceTables
+    unpacked: list[list[UnpackedSlice]] = field(repr=False)
+
+
+def make_layer(by_slot: Sequence[list[Window]], dtype: torch.dtype, seed: int = 0) -> Layer:
+    on_cpu, unpacked = make_factors(by_slot, dtype, seed)
+    factors = LayerFactors(on_cpu.a_SE.to(DEVICE), on_cpu.b_SE.to(DEVICE), on_cpu.slices)
+    parts = [part for slices in factors.slices for part in slices]
+    tables = SliceTables.allocate(
+        num_slots=len(by_slot),
+        max_slices=max(map(len, factors.slices)),
+        max_groups=max(len(shrink_groups(slices)) for slices in factors.slices),
+        max_rank=max(part.rank for part in parts),
+        h_size=max(sum(part.rank for part in slices) for slices in factors.slices),
+        device=DEVICE,
+    )
+    for slot, slices in enumerate(factors.slices):
+        tables.write(slot, slices)
+    return Layer(factors, tables, unpacked)
+
+
+def segment_table(requests: Sequence[Request], num_slots: int, block_tokens: int = 16) -> SegmentTable:
+    table = SegmentTable(max(sum(length for _, length in requests), 1), num_slots, block_tokens, DEVICE)
+    table.fill([slot for slot, _ in requests], [length for _, length in requests])
+    return table
+
+
+def random_tokens(
+    requests: Sequence[Request], inputs: int, outputs: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x and y on the CPU; what a token of the base model holds must not matter."""
+    generator = torch.Generator().manual_seed(1)
+    base_T = torch.tensor([slot < 0 for slot, length in requests for _ in range(length)], dtype=torch.bool)
+    x_TI = torch.randn(len(base_T), inputs, generator=generator).to(dtype)
+    x_TI[base_T] = POISON
+    return x_TI, torch.randn(len(base_T), outputs, generator=generator).to(dtype)
+
+
+def assert_close(
+    result_TO: torch.Tensor,
+    y_TO: torch.Tensor,
+    x_TI: torch.Tensor,
+    unpacked: list[list[UnpackedSlice]],
+    requests: Sequence[Request],
+) -> None:
+    """Compare with float64, element by element; what no slice writes must be as it was."""
+    expected, magnitude, touched = dense(y_TO, x_TI, unpacked, list(requests))
+    assert torch.equal(result_TO[~touched], y_TO[~touched]), "an output that no slice writes has changed"
+    if not touched.any():
+        return
+    error = (result_TO.double() - expected)[touched]
+    unit = torch.finfo(y_TO.dtype).eps / 2
+    # y is rounded once, which errs by up to one unit of 16-bit types; the interpreter cuts bfloat16 off instead, by up
+    # to two. h loses less than one more where it is multiplied. Sums in float32 are felt by float32 results alone:
+    # 1.9 units are measured.
+    sums = y_TO.dtype == torch.float32
+    assert (error.abs() <= 3 * unit * (math.sqrt(x_TI.shape[1]) if sums else 1) * magnitude[touched]).all()
+    relative_rms = error.square().mean().sqrt() / expected[touched].square().mean().sqrt()
+    assert relative_rms <= unit * (3 if sums else 1), f"{relative_rms / unit:.2f} units"
