@@ -87,11 +87,11 @@ def _meeting_blocks(module: LoRAModule, shard: ModuleShard) -> Iterator[LoRASlic
         inputs, outputs = shard.inputs, shard.outputs
         stored_columns, stored_rank = inputs, range(block * rank, (block + 1) * rank)
         if module.side is BlockSide.A:
-            inputs = _meet(shard.inputs, _block(module.in_features, module.nblocks, block))
+            inputs = meet(shard.inputs, block_range(module.in_features, module.nblocks, block))
             first = block * (module.in_features // module.nblocks)
             stored_columns = range(inputs.start - first, inputs.stop - first)
         elif module.side is BlockSide.B:
-            outputs = _meet(shard.outputs, _block(module.out_features, module.nblocks, block))
+            outputs = meet(shard.outputs, block_range(module.out_features, module.nblocks, block))
             stored_rank = range(rank)
         if inputs and outputs:
             yield LoRASlice(
@@ -113,12 +113,13 @@ def read_slice(adapter: Adapter, part: LoRASlice, dtype: torch.dtype) -> SliceFa
     Raises:
         AdapterError: NaN or infinity, also when a value is too large for ``dtype``.
     """
-    a = _read(adapter, part.tensor_a, part.a_rows, part.a_columns, dtype)
-    b = _read(adapter, part.tensor_b, part.b_rows, part.b_columns, dtype)
+    a = read_window(adapter, part.tensor_a, part.a_rows, part.a_columns, dtype)
+    b = read_window(adapter, part.tensor_b, part.b_rows, part.b_columns, dtype)
     return SliceFactors(a, b, part.input_start, part.output_start, part.scaling)
 
 
-def _read(adapter: Adapter, name: str, rows: range, columns: range, dtype: torch.dtype) -> torch.Tensor:
+def read_window(adapter: Adapter, name: str, rows: range, columns: range, dtype: torch.dtype) -> torch.Tensor:
+    """``checkpoint[name][rows, columns]`` as ``dtype``; raises `AdapterError` like `read_slice`."""
     stored = adapter.checkpoint.read(name, rows, columns)
     tensor = stored.to(dtype)
     if stored.dtype != dtype and not torch.isfinite(tensor).all():
@@ -131,21 +132,24 @@ def _read(adapter: Adapter, name: str, rows: range, columns: range, dtype: torch
 
 def column_shard(module: LoRAModule, tp_size: int, tp_rank: int) -> ModuleShard:
     """The shard of an evenly cut column-parallel layer. A server asks its layers instead: they may pad or replicate."""
-    return ModuleShard(range(module.in_features), _even_cut(module.out_features, tp_size, tp_rank))
+    return ModuleShard(range(module.in_features), even_cut(module.out_features, tp_size, tp_rank))
 
 
 def row_shard(module: LoRAModule, tp_size: int, tp_rank: int) -> ModuleShard:
     """The shard of an evenly cut row-parallel layer."""
-    return ModuleShard(_even_cut(module.in_features, tp_size, tp_rank), range(module.out_features))
+    return ModuleShard(even_cut(module.in_features, tp_size, tp_rank), range(module.out_features))
 
 
-def _even_cut(size: int, parts: int, index: int) -> range:
+def even_cut(size: int, parts: int, index: int) -> range:
+    """Part ``index`` of ``size`` features cut into ``parts`` that differ by one feature at most."""
     return range(size * index // parts, size * (index + 1) // parts)
 
 
-def _block(size: int, nblocks: int, block: int) -> range:
+def block_range(size: int, nblocks: int, block: int) -> range:
+    """The features of one block; ``nblocks`` divides ``size``."""
     return range(block * (size // nblocks), (block + 1) * (size // nblocks))
 
 
-def _meet(a: range, b: range) -> range:
+def meet(a: range, b: range) -> range:
+    """The intersection, empty where there is none."""
     return range(max(a.start, b.start), max(min(a.stop, b.stop), a.start, b.start))

@@ -1,6 +1,8 @@
-"""The LoRA backend: which tokens belong to which slot, and the one call into the kernels."""
+"""The LoRA backend: which tokens belong to which slot, and the one call that adds a layer's delta."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from sglang.srt.lora.backend.base_backend import BaseLoRABackend
@@ -8,27 +10,51 @@ from sglang.srt.lora.backend.lora_registry import register_lora_backend
 from sglang.srt.lora.utils import generate_sequence_lengths
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
-from bdlora_kernels import add_lora_delta, group_tokens
-from bdlora_sglang.errors import BDLoRAError
+from bdlora_sglang.serving.kernels import Kernels
 from bdlora_sglang.serving.layers import ColumnParallelLinearWithBDLoRA, RowParallelLinearWithBDLoRA
+from bdlora_sglang.serving.sharding import Sharding
 
 BACKEND_NAME = "bdlora"
 NO_SLOT = -1  # the base model: its tokens cost nothing
 
 
+@dataclass(frozen=True)
+class BatchInfo:
+    """What SGLang's layers and ours ask of a batch; ``segments`` are those of the kernels in use."""
+
+    has_active_lora: bool
+    segments: Any
+
+
 class BDLoRABackend(BaseLoRABackend):
-    """Adds every delta to the layer's partial output, before the layer's own all-reduce: no other communication."""
+    """Adds every delta to the layer's partial output, before the layer's own all-reduce.
+
+    One path for eager and captured forwards: a captured graph reads segments at fixed addresses, which `prepare` fills.
+    """
 
     name = BACKEND_NAME
+    # Batches for the base model alone take SGLang's path without LoRA, and graphs that were captured without it.
+    skip_inactive_dense_lora = True
+    supports_prefill_cuda_graph = True
 
     def __init__(self, max_loras_per_batch: int, device: torch.device, **_: object) -> None:
         super().__init__(max_loras_per_batch, device)
 
-    def prepare(self, forward_batch: ForwardBatch, slots: Sequence[int]) -> None:
-        """Take over a batch; ``slots`` has the pool slot of each request, `NO_SLOT` for the base model."""
+    def use(self, sharding: Sharding, kernels: Kernels) -> None:
+        """Say how deltas are computed; the manager does, before it loads any adapter."""
+        self.sharding, self.kernels = sharding, kernels
+
+    def prepare(self, forward_batch: ForwardBatch, slots: Sequence[int], graph: str | None) -> None:
+        """Take over a batch.
+
+        Args:
+            forward_batch: SGLang's.
+            slots: the pool slot of each request, `NO_SLOT` for the base model.
+            graph: "decode" or "prefill" where such a captured graph will run, else None.
+        """
         lengths = generate_sequence_lengths(forward_batch, device=torch.device("cpu")).tolist()
-        # None makes the layers take SGLang's path without LoRA.
-        self.batch_info = group_tokens(slots, lengths, self.device) or None
+        active = any(slot != NO_SLOT for slot in slots)
+        self.batch_info = BatchInfo(active, self.kernels.segments(slots, lengths, graph))
 
     def forward_with_base(
         self,
@@ -42,13 +68,16 @@ class BDLoRABackend(BaseLoRABackend):
         """Base output plus delta, reduced once where the layer reduces (SGLang: ``BaseLoRABackend``)."""
         output = base_fn()
         assert self.batch_info is not None, "the layers ask `lora_active` first"
-        add_lora_delta(output, x, layer.factors, self.batch_info)
+        self.sharding.add_delta(layer.base_layer, output, x, layer.factors, self.kernels, self.batch_info.segments)
         return output if all_reduce is None else all_reduce(output)
 
     def init_decode_cuda_graph_batch_info(self, max_bs_in_cuda_graph: int, num_tokens_per_req: int) -> None:
-        raise BDLoRAError(
-            "--cuda-graph-backend-decode: found CUDA graphs enabled, expected 'disabled': they are not supported yet"
-        )
+        self.kernels.reserve_decode_graphs(max_bs_in_cuda_graph * num_tokens_per_req)
+
+    def init_prefill_cuda_graph_batch_info(self, max_num_tokens: int, max_num_requests: int | None = None) -> None:
+        self.kernels.reserve_prefill_graphs(max_num_tokens)
+        self.prefill_cuda_graph_max_bs = max_num_tokens if max_num_requests is None else max_num_requests
+        self.prefill_cuda_graph_max_tokens = max_num_tokens
 
 
 @register_lora_backend(BACKEND_NAME)

@@ -10,7 +10,7 @@ from sglang.srt.server_args import ServerArgs
 
 from bdlora_sglang.errors import BDLoRAError
 from bdlora_sglang.serving.hardware import cpu_defaults, gpu_defaults, has_accelerator, use_cpu_platform
-from bdlora_sglang.serving.options import ServingOptions
+from bdlora_sglang.serving.options import LoRASharding, ServingOptions
 from bdlora_sglang.serving.process import run_scheduler_process
 from bdlora_sglang.serving.scheduler import BDLoRAScheduler
 
@@ -22,34 +22,56 @@ class Engine(SGLangEngine):
 
     Args:
         max_local_rank: see `ServingOptions`.
+        lora_sharding: "communication-free" or "fully-sharded"; `sglang.Engine` is SGLang's own LoRA.
         allow_untested_sglang: go on with an SGLang version that this package was not tested with.
 
     Raises:
-        BDLoRAError: an SGLang version that was not tested, or pipeline parallelism.
+        BDLoRAError: an SGLang version that was not tested, pipeline parallelism, or options that contradict each other.
     """
 
     scheduler_class = BDLoRAScheduler
 
     def __init__(
-        self, *, max_local_rank: int | None = None, allow_untested_sglang: bool = False, **kwargs: Any
+        self,
+        *,
+        max_local_rank: int | None = None,
+        lora_sharding: str = LoRASharding.COMMUNICATION_FREE.value,
+        allow_untested_sglang: bool = False,
+        **kwargs: Any,
     ) -> None:
+        options = ServingOptions(max_local_rank, _sharding_of_ours(lora_sharding))
         check_sglang_version(allow_untested_sglang)
         if "server_args" in kwargs:
             check_parallelism(kwargs["server_args"].pp_size)
         else:
             check_parallelism(kwargs.get("pp_size", 1))
-            kwargs = {**platform_defaults(kwargs.get("tp_size", 1), kwargs.get("dp_size", 1)), **kwargs}
+            sizes = kwargs.get("tp_size", 1), kwargs.get("dp_size", 1)
+            kwargs = {**platform_defaults(*sizes, options.lora_sharding), **kwargs}
         # An attribute that SGLang provides for private forks of its processes.
         self.run_scheduler_process_func = partial(
-            run_scheduler_process, options=ServingOptions(max_local_rank), scheduler_class=self.scheduler_class
+            run_scheduler_process, options=options, scheduler_class=self.scheduler_class
         )
         super().__init__(**kwargs)
 
 
 def launch_server(server_args: ServerArgs, options: ServingOptions) -> None:
-    """Run SGLang's HTTP server with BD-LoRA inside until it is stopped; raises `BDLoRAError` like `Engine`."""
+    """Run SGLang's HTTP server with BD-LoRA inside until it is stopped; raises `BDLoRAError` like `Engine`.
+
+    With ``LoRASharding.SGLANG`` nothing is ours: the same server, for comparison.
+    """
+    if options.lora_sharding is LoRASharding.SGLANG:
+        sglang_launch_server(server_args)
+        return
     check_parallelism(server_args.pp_size)
     sglang_launch_server(server_args, run_scheduler_process_func=partial(run_scheduler_process, options=options))
+
+
+def _sharding_of_ours(name: str) -> LoRASharding:
+    ours = (LoRASharding.COMMUNICATION_FREE, LoRASharding.FULLY_SHARDED)
+    for sharding in ours:
+        if sharding.value == name:
+            return sharding
+    raise BDLoRAError(f"lora_sharding: found '{name}', expected {' or '.join(sharding.value for sharding in ours)}")
 
 
 def check_sglang_version(allow_untested: bool) -> None:
@@ -67,9 +89,11 @@ def check_parallelism(pp_size: int) -> None:
         raise BDLoRAError(f"--pp-size: found {pp_size}, expected 1: pipeline parallelism is not supported")
 
 
-def platform_defaults(tp_size: int, dp_size: int) -> dict[str, object]:
+def platform_defaults(
+    tp_size: int, dp_size: int, lora_sharding: LoRASharding = LoRASharding.COMMUNICATION_FREE
+) -> dict[str, object]:
     """Server arguments that this machine asks for where the user gives none; chooses the CPU platform without a GPU."""
     if has_accelerator():
-        return gpu_defaults()
+        return gpu_defaults(lora_sharding)
     use_cpu_platform(tp_size * dp_size)
     return cpu_defaults()

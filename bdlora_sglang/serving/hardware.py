@@ -4,7 +4,10 @@ import os
 
 import torch
 
-from bdlora_sglang.serving.platform import PLATFORM_NAME
+from bdlora_sglang.serving.options import LoRASharding
+
+# Named here, not in platform.py: SGLang imports that file itself, in the midst of its own import.
+PLATFORM_NAME = "bdlora_cpu"
 
 _NO_CUDA_GRAPHS: dict[str, object] = {"cuda_graph_backend_decode": "disabled", "cuda_graph_backend_prefill": "disabled"}
 
@@ -53,6 +56,7 @@ def cpu_defaults() -> dict[str, object]:
     }
 
 
-def gpu_defaults() -> dict[str, object]:
-    """SGLang server arguments for a GPU, where the kernel runs eagerly."""
-    return dict(_NO_CUDA_GRAPHS)
+def gpu_defaults(lora_sharding: LoRASharding) -> dict[str, object]:
+    """SGLang server arguments for a GPU: SGLang's own, but for graphs that our kernels cannot be captured in."""
+    captured = lora_sharding is LoRASharding.COMMUNICATION_FREE and torch.cuda.is_available()
+    return {} if captured or lora_sharding is LoRASharding.SGLANG else dict(_NO_CUDA_GRAPHS)

@@ -4,12 +4,21 @@ from collections.abc import Mapping, Sequence
 
 from sglang.srt.server_args import ServerArgs, prepare_server_args
 
-from bdlora_sglang.adapter.locate import NamedAdapter
+from bdlora_sglang.adapter import Adapter
+from bdlora_sglang.adapter.locate import NamedAdapter, adapter_folder
 from bdlora_sglang.errors import BDLoRAError
 from bdlora_sglang.serving.engine import platform_defaults
+from bdlora_sglang.serving.hardware import has_accelerator
+from bdlora_sglang.serving.options import LoRASharding
 
 
-def server_args(model_path: str, tp: int, adapters: Sequence[NamedAdapter], sglang_flags: Sequence[str]) -> ServerArgs:
+def server_args(
+    model_path: str,
+    tp: int,
+    adapters: Sequence[NamedAdapter],
+    sglang_flags: Sequence[str],
+    lora_sharding: LoRASharding = LoRASharding.COMMUNICATION_FREE,
+) -> ServerArgs:
     """SGLang's server arguments.
 
     Args:
@@ -17,19 +26,37 @@ def server_args(model_path: str, tp: int, adapters: Sequence[NamedAdapter], sgla
         tp: tensor-parallel degree.
         adapters: those to load at start.
         sglang_flags: flags that SGLang reads itself, as they were typed.
+        lora_sharding: with ``SGLANG``, ``--lora-backend`` is the user's choice.
 
     Raises:
-        BDLoRAError: flags that contradict each other.
+        BDLoRAError: flags that contradict each other, or adapters that SGLang's own LoRA would misread.
     """
     if adapters and _value(sglang_flags, ("--lora-paths",)) is not None:
         raise BDLoRAError("--lora-paths: found both it and --adapters, expected one of them")
-    backend = _value(sglang_flags, ("--lora-backend",))
-    if backend is not None:
-        raise BDLoRAError(f"--lora-backend: found '{backend}', expected none: BD-LoRA brings its own")
+    if lora_sharding is LoRASharding.SGLANG:
+        _check_sglang_serves(adapters)
+    elif (backend := _value(sglang_flags, ("--lora-backend",))) is not None:
+        raise BDLoRAError(
+            f"--lora-backend: found '{backend}', expected none: BD-LoRA brings its own; "
+            "--lora-sharding sglang takes one"
+        )
     dp = _value(sglang_flags, ("--dp-size", "--data-parallel-size", "--dp")) or "1"
-    defaults = platform_defaults(tp, int(dp) if dp.isdigit() else 1)
+    defaults = platform_defaults(tp, int(dp) if dp.isdigit() else 1, lora_sharding)
     argv = ["--model-path", model_path, "--tp-size", str(tp), *sglang_flags]
     return prepare_server_args([*argv, *_missing_flags(defaults, sglang_flags), *_lora_flags(adapters)])
+
+
+def _check_sglang_serves(adapters: Sequence[NamedAdapter]) -> None:
+    if not has_accelerator():
+        raise BDLoRAError(
+            "--lora-sharding sglang: found no GPU, expected one: SGLang's own LoRA pins host memory for it"
+        )
+    for adapter in adapters:
+        if Adapter.open(adapter_folder(adapter.path)).kind == "BD-LoRA":
+            raise BDLoRAError(
+                f"{adapter.path}: found a BD-LoRA adapter, expected a plain one with --lora-sharding sglang: "
+                "SGLang's own LoRA does not read 'use_bdlora'"
+            )
 
 
 def _lora_flags(adapters: Sequence[NamedAdapter]) -> list[str]:

@@ -68,12 +68,18 @@ def wrap_layer(name: str, layer: torch.nn.Module, lora_backend: BaseLoRABackend)
 
 @dataclass(frozen=True)
 class ServedModule:
-    """One PEFT module of the base model: the SGLang layer that computes it and the part that this rank owns."""
+    """One PEFT module of the base model: the SGLang layer that computes it and the part that this rank owns.
+
+    ``tp_rank`` of ``tp_size`` is this rank's place among those over which the layer is sharded.
+    """
 
     layer: str
     in_features: int
     out_features: int
     shard: ModuleShard
+    row_parallel: bool
+    tp_rank: int
+    tp_size: int
 
 
 def served_modules(base_model: torch.nn.Module, hf_config: object) -> dict[str, ServedModule]:
@@ -102,15 +108,16 @@ def module_key(name: str) -> str:
 
 
 def _row_parallel(name: str, layer: RowParallelLinear, unpadded: Mapping[int, int]) -> ServedModule:
-    rank, _ = get_group_rank_size(layer.tp_group)
+    rank, size = get_group_rank_size(layer.tp_group)
     in_features = unpadded.get(layer.input_size, layer.input_size)
     inputs = _window(rank, layer.input_size_per_partition, in_features)
-    return ServedModule(name, in_features, layer.output_size, ModuleShard(inputs, range(layer.output_size)))
+    shard = ModuleShard(inputs, range(layer.output_size))
+    return ServedModule(name, in_features, layer.output_size, shard, True, rank, size)
 
 
 def _column_parallel(name: str, layer: ColumnParallelLinear, unpadded: Mapping[int, int]) -> Iterator[ServedModule]:
     """One part for each output of the fused layer, in order."""
-    rank, _ = get_group_rank_size(layer.tp_group)
+    rank, tp_size = get_group_rank_size(layer.tp_group)
     offset = 0
     for index, size in enumerate(layer.output_partition_sizes):
         position, full = rank, _full_output_size(layer, index)
@@ -120,7 +127,7 @@ def _column_parallel(name: str, layer: ColumnParallelLinear, unpadded: Mapping[i
         out_features = unpadded.get(full, full)
         outputs = _window(position, size, out_features)
         shard = ModuleShard(range(layer.input_size), outputs, output_offset=offset)
-        yield ServedModule(name, layer.input_size, out_features, shard)
+        yield ServedModule(name, layer.input_size, out_features, shard, False, rank, tp_size)
         offset += size
 
 

@@ -5,18 +5,19 @@ from dataclasses import dataclass
 
 import torch
 
-from bdlora_kernels import PackedFactors, UnpackedSlice, pack
-from bdlora_sglang.adapter import Adapter, LoRAModule, read_slice, slice_module
+from bdlora_kernels import PackedFactors
+from bdlora_sglang.adapter import Adapter, LoRAModule
 from bdlora_sglang.errors import AdapterError
 from bdlora_sglang.serving.layers import FUSED_MODULES, ServedModule, module_key
+from bdlora_sglang.serving.sharding import Sharding
 
 
 @dataclass(frozen=True)
 class LocalAdapter:
     """The factors by SGLang layer name, and what the start-up table says of the adapter.
 
-    ``local_rank`` is the largest rank, over all modules, of the blocks that meet this rank's shard. ``targets`` are the
-    SGLang layers that the adapter touches on any rank; ``layers`` holds those that it touches on this one.
+    ``local_rank`` is the largest rank, over all modules, that this GPU holds. ``targets`` are the SGLang layers that
+    the adapter touches on any rank; ``layers`` holds those that it touches on this one.
     """
 
     name: str
@@ -34,7 +35,12 @@ class LocalAdapter:
 
 
 def load_local_adapter(
-    name: str, adapter: Adapter, served: Mapping[str, ServedModule], dtype: torch.dtype, pin_memory: bool
+    name: str,
+    adapter: Adapter,
+    served: Mapping[str, ServedModule],
+    sharding: Sharding,
+    dtype: torch.dtype,
+    pin_memory: bool,
 ) -> LocalAdapter:
     """Read this rank's part of ``adapter``.
 
@@ -47,16 +53,11 @@ def load_local_adapter(
     layers: dict[str, PackedFactors] = {}
     local_rank = 0
     for layer, modules in sorted(by_layer.items()):
-        parts: list[UnpackedSlice] = []
-        for module in sorted(modules, key=_output_order):
-            slices = slice_module(module, served[module_key(module.name)].shard)
-            local_rank = max(local_rank, sum(part.rank for part in slices))
-            for part in slices:
-                factors = read_slice(adapter, part, dtype)
-                parts.append(UnpackedSlice(factors.a, factors.b, part.input_start, part.output_start, part.scaling))
-        if parts:
-            packed = pack(parts)
-            layers[layer] = _pin(packed) if pin_memory else packed
+        in_order = sorted(modules, key=_output_order)
+        local = sharding.read(adapter, [(module, served[module_key(module.name)]) for module in in_order], dtype)
+        if local is not None:
+            layers[layer] = _pin(local.packed) if pin_memory else local.packed
+            local_rank = max(local_rank, local.rank)
     return LocalAdapter(
         name=name,
         kind=adapter.kind,

@@ -20,15 +20,19 @@ from bdlora_sglang.adapter import Adapter
 from bdlora_sglang.adapter.locate import adapter_folder, check_adapter_name
 from bdlora_sglang.errors import BDLoRAError
 from bdlora_sglang.serving.backend import BACKEND_NAME, NO_SLOT
+from bdlora_sglang.serving.communication_free import CommunicationFree
+from bdlora_sglang.serving.fully_sharded import FullySharded
+from bdlora_sglang.serving.kernels import choose_kernels
 from bdlora_sglang.serving.layers import served_modules, wrap_layer
 from bdlora_sglang.serving.local_adapter import LocalAdapter, load_local_adapter
-from bdlora_sglang.serving.options import ServingOptions
-from bdlora_sglang.serving.pool import (
-    BDLoRAMemoryPool,
-    SlotSize,
-    slot_sizes_for_adapters,
-    slot_sizes_for_rank,
-)
+from bdlora_sglang.serving.options import LoRASharding, ServingOptions
+from bdlora_sglang.serving.pool import BDLoRAMemoryPool, slot_sizes_for_adapters
+from bdlora_sglang.serving.sharding import Sharding, SlotSize
+
+SHARDINGS: dict[LoRASharding, Sharding] = {
+    LoRASharding.COMMUNICATION_FREE: CommunicationFree(),
+    LoRASharding.FULLY_SHARDED: FullySharded(),
+}
 
 _UNSUPPORTED_TARGETS = {"embed_tokens", "lm_head"}
 
@@ -41,6 +45,7 @@ class BDLoRAManager(LoRAManager):
 
     def __init__(self, *args: Any, options: ServingOptions, **kwargs: Any) -> None:
         self.options = options
+        self.sharding = SHARDINGS[options.lora_sharding]
         self.loras: dict[str, LocalAdapter]
         super().__init__(*args, lora_backend=BACKEND_NAME, **kwargs)
 
@@ -96,7 +101,7 @@ class BDLoRAManager(LoRAManager):
                 f"{adapter.config.source}: rank: found {adapter.max_rank}, expected at most --max-lora-rank = {limit}"
             )
         pin_memory = self.device.type != "cpu" and is_pin_memory_available()
-        local = load_local_adapter(ref.lora_name, adapter, self.served, self.dtype, pin_memory)
+        local = load_local_adapter(ref.lora_name, adapter, self.served, self.sharding, self.dtype, pin_memory)
         if hasattr(self, "memory_pool"):
             self.memory_pool.check_fits(local)
         return local
@@ -113,6 +118,8 @@ class BDLoRAManager(LoRAManager):
         target_modules: Iterable[str] | None = None,
         lora_paths: list[LoRARef] | None = None,
     ) -> None:
+        self.kernels = choose_kernels(self.device, self.max_loras_per_batch, needs_torch=self.sharding.exchanges)
+        self.lora_backend.use(self.sharding, self.kernels)
         # Known before the first adapter is loaded, so that each is held to the limit.
         self.max_lora_rank = max_lora_rank
         self._rank_is_given = max_lora_rank is not None
@@ -155,7 +162,8 @@ class BDLoRAManager(LoRAManager):
     def init_memory_pool(self) -> None:
         self.memory_pool = BDLoRAMemoryPool(
             slot_sizes=self._slot_sizes(),
-            device=self.device,
+            sharding=self.sharding,
+            kernels=self.kernels,
             base_hf_config=self.base_hf_config,
             max_loras_per_batch=self.max_loras_per_batch,
             dtype=self.dtype,
@@ -175,7 +183,7 @@ class BDLoRAManager(LoRAManager):
         layers = {name: module.base_layer for by_name in self.lora_modules for name, module in by_name.items()}
         limit = self.options.max_local_rank or (self.max_lora_rank if self._rank_is_given else None)
         if limit is not None:
-            return slot_sizes_for_rank(layers, limit)
+            return {name: self.sharding.slot_size(layer, limit) for name, layer in layers.items()}
         own = slot_sizes_for_adapters(layers, self.loras.values())
         # Shards can be uneven; the same slots on every rank make an adapter that fits on one fit on all.
         sizes: list[dict[str, SlotSize]] = get_parallel().tp_group.all_gather_object(own)
@@ -193,11 +201,17 @@ class BDLoRAManager(LoRAManager):
             NO_SLOT if lora_id is None else self.memory_pool.get_buffer_id(lora_id)
             for lora_id in forward_batch.lora_ids
         ]
-        self.lora_backend.prepare(forward_batch, slots)
+        # As SGLang's own: captured graphs read metadata of their own, which is filled anew before each replay.
+        graph = None
+        if self._use_cuda_graph_batch(forward_batch):
+            graph = "decode"
+        elif self.can_use_prefill_cuda_graph(forward_batch):
+            graph = "prefill"
+        self.lora_backend.prepare(forward_batch, slots, graph)
 
 
 def _largest(sizes: Iterable[SlotSize]) -> SlotSize:
-    largest = SlotSize(0, 0)
+    largest = SlotSize()
     for size in sizes:
         largest = largest.max(size)
     return largest

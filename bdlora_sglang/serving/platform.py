@@ -10,7 +10,7 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 
-PLATFORM_NAME = "bdlora_cpu"
+from bdlora_sglang.serving.hardware import PLATFORM_NAME
 
 
 def activate() -> str | None:

@@ -22,7 +22,7 @@ def print_adapters(model_runner: ModelRunner) -> None:
         console.print(adapter_table(manager.loras.values(), tp_size))
     console.print(
         f"BD-LoRA is in place: {num_layers} layers, {pool.max_loras_per_batch} slots of "
-        f"{format_bytes(pool.slot_bytes)} per GPU, no communication for LoRA.",
+        f"{format_bytes(pool.slot_bytes)} per GPU, {manager.sharding.description}.",
         soft_wrap=True,
     )
 

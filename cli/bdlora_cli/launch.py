@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from bdlora_sglang.model_names import MODEL_NAMES, resolve_model
+from bdlora_sglang.serving.options import LoRASharding, ServingOptions
 
 _HELP = """Start SGLang's server with BD-LoRA inside.
 
@@ -38,6 +39,14 @@ def launch(
             "Default: worked out from --adapters, or --max-lora-rank where that is given.",
         ),
     ] = None,
+    lora_sharding: Annotated[
+        LoRASharding,
+        typer.Option(
+            "--lora-sharding",
+            help="How adapters are spread over the GPUs. fully-sharded: as in S-LoRA, with a collective more in each "
+            "layer with LoRA; sglang: SGLang's own LoRA with a --lora-backend of your choice. Both are for comparison.",
+        ),
+    ] = LoRASharding.COMMUNICATION_FREE,
     allow_untested_sglang: Annotated[
         bool, typer.Option("--allow-untested-sglang", help="Go on with an SGLang that BD-LoRA was not tested with.")
     ] = False,
@@ -45,6 +54,7 @@ def launch(
     # First what needs no SGLang, which takes many seconds to import.
     from bdlora_sglang.adapter.locate import open_adapters
 
+    options = ServingOptions(max_local_rank, lora_sharding)
     model_path = resolve_model(model)
     named = open_adapters(adapters or [])
 
@@ -52,14 +62,13 @@ def launch(
 
     from bdlora_sglang.serving import engine, launch
     from bdlora_sglang.serving.hardware import has_accelerator
-    from bdlora_sglang.serving.options import ServingOptions
 
     engine.check_sglang_version(allow_untested_sglang)
     if not has_accelerator():
         typer.echo("No GPU here: serving on the CPU platform (torch-native attention, gloo, no CUDA graphs).")
-    arguments = launch.server_args(model_path, tp, named, context.args)
+    arguments = launch.server_args(model_path, tp, named, context.args, lora_sharding)
     try:
-        engine.launch_server(arguments, ServingOptions(max_local_rank))
+        engine.launch_server(arguments, options)
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
 

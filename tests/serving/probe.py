@@ -63,7 +63,7 @@ class ProbedScheduler(BDLoRAScheduler):
             "lora_added_tokens_size": 0,
         }
         sizes = slot_sizes_for_adapters([name for layer in manager.lora_modules for name in layer], [lora])
-        ours = BDLoRAMemoryPool(slot_sizes=sizes, device=manager.device, **common)
+        ours = BDLoRAMemoryPool(slot_sizes=sizes, sharding=manager.sharding, kernels=manager.kernels, **common)
         theirs = LoRAMemoryPool(**common)
         buffers = [*theirs.A_buffer.values(), *theirs.B_buffer.values()]
         return {

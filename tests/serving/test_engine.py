@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bdlora_perf.collectives import count_collectives
+from bdlora_perf.collectives.count import Collective, count_collectives, traffic_elements
 from bdlora_perf.reference import PeftReference
+from bdlora_sglang.adapter import Adapter
 from tests.serving.probe import PROBE_FOLDER, ProbedScheduler
-from tests.serving.zoo import CASES, CI_CASES, OVERRIDES, PROMPTS, Zoo
+from tests.serving.zoo import CASES, CI_CASES, FREE, OVERRIDES, PROMPTS, SHARDED, Zoo
 
 NEW_TOKENS = 8
 LAYERS = 3
@@ -27,6 +28,7 @@ class Case:
 
     engine: Any
     tp: int
+    sharding: str
     adapters: dict[str, Path]
     reference: PeftReference
     probe: Path
@@ -44,7 +46,7 @@ class Case:
         assert answer["output_ids"] == self.reference.generate(prompt, path, NEW_TOKENS).tokens, name
 
 
-def _case(zoo: Zoo, model: Path, tp: int, dtype: str, probe: Path) -> Iterator[Case]:
+def _case(zoo: Zoo, model: Path, tp: int, sharding: str, dtype: str, probe: Path) -> Iterator[Case]:
     from bdlora_sglang import Engine
 
     class ProbedEngine(Engine):
@@ -57,6 +59,7 @@ def _case(zoo: Zoo, model: Path, tp: int, dtype: str, probe: Path) -> Iterator[C
         engine = ProbedEngine(
             model_path=str(model),
             tp_size=tp,
+            lora_sharding=sharding,
             dtype=dtype,
             lora_paths=[f"{name}={path}" for name, path in adapters.items()],
             max_loras_per_batch=len(adapters) + 1,
@@ -65,28 +68,28 @@ def _case(zoo: Zoo, model: Path, tp: int, dtype: str, probe: Path) -> Iterator[C
             log_level="error",
         )
     try:
-        yield Case(engine, tp, adapters, PeftReference(model, getattr(torch, dtype)), probe)
+        yield Case(engine, tp, sharding, adapters, PeftReference(model, getattr(torch, dtype)), probe)
     finally:
         engine.shutdown()
         # SGLang would shut it down once more at exit, and log that to a stream which pytest has closed.
         atexit.unregister(engine.shutdown)
 
 
-def _marked(case: tuple[str, int]) -> Any:
+def _marked(case: tuple[str, int, str]) -> Any:
     marks = [] if case in CI_CASES else [pytest.mark.full]
-    return pytest.param(case, id=f"{case[0]}-tp{case[1]}", marks=marks)
+    return pytest.param(case, id="{}-tp{}-{}".format(*case), marks=marks)
 
 
 @pytest.fixture(scope="module", params=[_marked(case) for case in CASES])
 def case(request: pytest.FixtureRequest, zoo: Zoo, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
-    architecture, tp = request.param
+    architecture, tp, sharding = request.param
     model = zoo.model(architecture, **OVERRIDES.get(architecture, {}))
-    yield from _case(zoo, model, tp, "float32", tmp_path_factory.mktemp("probe"))
+    yield from _case(zoo, model, tp, sharding, "float32", tmp_path_factory.mktemp("probe"))
 
 
-@pytest.fixture(scope="module")
-def bfloat16_case(zoo: Zoo, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
-    yield from _case(zoo, zoo.model("llama"), 2, "bfloat16", tmp_path_factory.mktemp("probe"))
+@pytest.fixture(scope="module", params=[FREE, pytest.param(SHARDED, marks=pytest.mark.full)])
+def bfloat16_case(request: pytest.FixtureRequest, zoo: Zoo, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+    yield from _case(zoo, zoo.model("llama"), 2, request.param, "bfloat16", tmp_path_factory.mktemp("probe"))
 
 
 def test_tokens_and_logprobs_equal_peft(case: Case) -> None:
@@ -111,11 +114,12 @@ def test_adapters_change_the_logprobs(case: Case) -> None:
         assert max(abs(a - b) for a, b in zip(adapted, base, strict=True)) > 1e-2, name
 
 
-def test_lora_adds_no_collectives(case: Case, tmp_path: Path) -> None:
-    """The same collectives, of the same sizes, with adapters and without, on every rank."""
+def test_collectives(case: Case, tmp_path: Path) -> None:
+    """Counted on every rank: communication-free LoRA adds none, fully sharded LoRA those of S-LoRA's formula."""
     # Prompts that no radix cache has seen, or the forwards would differ in length.
-    names: dict[str, list[str | None]] = {"base": [None] * 4, "lora": [*list(case.adapters)[1::4], None]}
-    counts = {}
+    mixed = [*list(case.adapters)[1::4], None] if case.sharding == FREE else ["own", "own", None, "own"]
+    names: dict[str, list[str | None]] = {"base": [None] * 4, "lora": mixed}
+    counts: dict[str, dict[int, Counter[Collective]]] = {}
     for kind, (label, adapters) in enumerate(names.items()):
         prompts = [[400 + kind, 17 + i, 3] for i in range(4)]
         case.engine.start_profile(
@@ -125,16 +129,36 @@ def test_lora_adds_no_collectives(case: Case, tmp_path: Path) -> None:
         case.engine.stop_profile()
         counts[label] = count_collectives(tmp_path / label)
     assert set(counts["base"]) == set(range(case.tp))
-    assert counts["lora"] == counts["base"]
-    for rank, counter in counts["base"].items():
+    for rank, base in counts["base"].items():
         # Three forwards; embedding, attention output and MLP output of each layer reduce once.
-        reduced = Counter({c: n for c, n in counter.items() if c.operation == "all_reduce"})
+        reduced = Counter({c: n for c, n in base.items() if c.operation == "all_reduce"})
         assert sum(reduced.values()) == (3 * (1 + 2 * LAYERS) if case.tp > 1 else 0), (rank, reduced)
+        added = counts["lora"][rank] - base
+        assert base - counts["lora"][rank] == Counter()
+        if case.sharding == FREE or case.tp == 1:
+            assert added == Counter()
+            continue
+        # By hand, for rank 16 on N ranks and T tokens: qkv gathers (T, 3 * 16 / N), gate-up (T, 2 * 16 / N); o and
+        # down reduce (T, 16) each.
+        forwards = {c.shape[0]: n // (1 + 2 * LAYERS) for c, n in reduced.items()}
+        expected: Counter[Collective] = Counter()
+        for tokens, times in forwards.items():
+            expected[Collective("all_gather", (tokens, 3 * 16 // case.tp))] += times * LAYERS
+            expected[Collective("all_gather", (tokens, 2 * 16 // case.tp))] += times * LAYERS
+            expected[Collective("all_reduce", (tokens, 16))] += 2 * times * LAYERS
+        assert added == expected
+        # 9 (N - 1) r S / N elements a layer over all seven modules, against the base model's 4 (N - 1) d S / N.
+        tokens_in_all = sum(tokens * times for tokens, times in forwards.items())
+        traffic = sum(traffic_elements(c, case.tp) * n for c, n in added.items())
+        assert traffic == 9 * (case.tp - 1) * 16 * tokens_in_all * LAYERS / case.tp
 
 
 def test_each_rank_reads_and_holds_one_nth(case: Case) -> None:
     """Of an adapter with as many blocks as ranks: of its file, and of the pool that SGLang's own classes would take."""
     whole = sum(tensor.nbytes for tensor in load_file(case.adapters["own"] / "adapter_model.safetensors").values())
+    if case.sharding == SHARDED:
+        assert_holds_one_nth_of_the_dense_factors(case)
+        return
     intermediate_size = case.reference.config.intermediate_size
     for rank in range(case.tp):
         own = json.loads((case.probe / f"rank{rank}.json").read_text())["own"]
@@ -143,6 +167,14 @@ def test_each_rank_reads_and_holds_one_nth(case: Case) -> None:
             assert own["pool_bytes"] * case.tp == own["sglang_pool_bytes"]
         else:  # Shards of a padded layer do not end where blocks do, so a rank meets a part of one block more.
             assert own["bytes_read"] <= own["host_bytes"] <= own["pool_bytes"] < own["sglang_pool_bytes"]
+
+
+def assert_holds_one_nth_of_the_dense_factors(case: Case) -> None:
+    dense = sum(16 * (m.in_features + m.out_features) * 4 for m in Adapter.open(case.adapters["own"]).modules.values())
+    for rank in range(case.tp):
+        own = json.loads((case.probe / f"rank{rank}.json").read_text())["own"]
+        assert own["host_bytes"] * case.tp == own["pool_bytes"] * case.tp == dense
+        assert own["pool_bytes"] < own["sglang_pool_bytes"] or case.tp == 1
 
 
 def test_adapter_from_tensors(case: Case) -> None:

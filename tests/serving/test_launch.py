@@ -119,6 +119,33 @@ def test_a_lora_backend_of_sglangs_is_refused(model: Path) -> None:
         server_args(model, 1, [], ["--lora-backend=csgmv"])
 
 
+def test_sglangs_own_lora_needs_a_gpu_and_plain_adapters(
+    model: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bdlora_sglang.serving import launch
+    from bdlora_sglang.serving.options import LoRASharding
+
+    def arguments() -> Any:
+        return launch.server_args(
+            str(model), 1, open_adapters([str(adapter)]), ["--lora-backend", "triton"], LoRASharding.SGLANG
+        )
+
+    with pytest.raises(BDLoRAError, match="--lora-sharding sglang: found no GPU"):
+        arguments()
+    monkeypatch.setattr(launch, "has_accelerator", lambda: True)
+    with pytest.raises(BDLoRAError, match=f"{adapter}: found a BD-LoRA adapter, expected a plain one"):
+        arguments()
+
+
+def test_options_that_contradict_each_other_are_refused(model: Path) -> None:
+    from bdlora_sglang import Engine
+
+    with pytest.raises(BDLoRAError, match="--max-local-rank: found 4 with --lora-sharding fully-sharded"):
+        Engine(model_path=str(model), max_local_rank=4, lora_sharding="fully-sharded")
+    with pytest.raises(BDLoRAError, match="lora_sharding: found 'sharded', expected communication-free or fully-shard"):
+        Engine(model_path=str(model), lora_sharding="sharded")
+
+
 def test_pipeline_parallelism_is_refused(model: Path) -> None:
     from bdlora_sglang import Engine
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bdlora_kernels import LayerFactors, group_tokens
+from bdlora_kernels import LayerFactors, PackedFactors, group_tokens
 from bdlora_sglang.adapter import Adapter
 from tests.serving.zoo import Zoo
 
@@ -115,10 +115,32 @@ def test_row_parallel_partial_sums(zoo: Zoo, as_rank: Any, tp: int, nblocks: int
     torch.testing.assert_close(total, expected, atol=1e-4, rtol=1e-5)
 
 
+def assert_fits(slot: Any, factors: LayerFactors) -> None:
+    """A slot for adapters of this rank takes what the rank holds of one."""
+    packed = PackedFactors(factors.a_SE[0], factors.b_SE[0], factors.slices[0])
+    assert slot.fits(type(slot).of(packed)), (slot, type(slot).of(packed))
+
+
 def _forward(adapter: Adapter, kind: str, layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     """The wrapped layer's output on this rank, all tokens with the adapter, through pool layout, backend and kernel."""
-    from bdlora_sglang.serving.backend import BDLoRABackend
-    from bdlora_sglang.serving.layers import served_modules, wrap_layer
+    from bdlora_sglang.serving.backend import BatchInfo, BDLoRABackend
+    from bdlora_sglang.serving.communication_free import CommunicationFree
+    from bdlora_sglang.serving.kernels import TorchKernels
+    from bdlora_sglang.serving.layers import wrap_layer
+
+    backend = BDLoRABackend(2, torch.device("cpu"))
+    kernels = TorchKernels(torch.device("cpu"))
+    backend.use(CommunicationFree(), kernels)
+    factors = _local_factors(adapter, kind, layer, CommunicationFree())
+    wrapped = wrap_layer(kind, layer, backend)
+    wrapped.set_lora_info(factors)
+    backend.batch_info = BatchInfo(True, kernels.segments([0], [len(x)], graph=None))
+    return wrapped(x)[0]
+
+
+def _local_factors(adapter: Adapter, kind: str, layer: torch.nn.Module, sharding: Any) -> LayerFactors:
+    """The factors of the first layer that this rank holds, in slot 0 of a pool."""
+    from bdlora_sglang.serving.layers import served_modules
     from bdlora_sglang.serving.local_adapter import load_local_adapter
 
     parent = "self_attn" if kind == "qkv_proj" else "mlp"
@@ -128,10 +150,83 @@ def _forward(adapter: Adapter, kind: str, layer: torch.nn.Module, x: torch.Tenso
     # The adapter covers all layers of its model; here is the first.
     first = {name: module for name, module in adapter.modules.items() if ".layers.0." in name}
     own = Adapter(adapter.config, first, adapter.checkpoint)
-    packed = load_local_adapter("test", own, served, torch.float32, pin_memory=False).layers
-    backend = BDLoRABackend(2, torch.device("cpu"))
-    wrapped = wrap_layer(kind, layer, backend)
-    (factors,) = packed.values()
-    wrapped.set_lora_info(LayerFactors(factors.a_E[None], factors.b_E[None], [factors.slices]))
-    backend.batch_info = group_tokens([0], [len(x)], torch.device("cpu"))
-    return wrapped(x)[0]
+    (packed,) = load_local_adapter("test", own, served, sharding, torch.float32, pin_memory=False).layers.values()
+    return LayerFactors(packed.a_E[None], packed.b_E[None], [packed.slices])
+
+
+@pytest.mark.parametrize("lora_rank", [3, 8])
+@pytest.mark.parametrize(("kv_heads", "tp"), [(2, 4), (3, 6), (12, 4)])
+@pytest.mark.parametrize("blocks", ["plain", "2"])
+def test_fully_sharded_qkv(zoo: Zoo, as_rank: Any, kv_heads: int, tp: int, blocks: str, lora_rank: int) -> None:
+    """Shrink on every rank, the outputs side by side as an all-gather leaves them, expand on every rank.
+
+    Rank 3 leaves ranks without any row of A, and TP does not divide it.
+    """
+    from sglang.srt.layers.linear import QKVParallelLinear
+
+    from bdlora_kernels.fully_sharded import expand, shrink
+    from bdlora_sglang.serving.fully_sharded import FullySharded
+
+    nblocks = None if blocks == "plain" else int(blocks)
+    if nblocks and (lora_rank % nblocks or (kv_heads * 8) % nblocks):
+        pytest.skip("PEFT has no such adapter")
+    model = zoo.model("llama", num_key_value_heads=kv_heads)
+    path = zoo.adapter(
+        model, f"qkv-{blocks}-{lora_rank}", rank=lora_rank, nblocks=nblocks, target_modules=NAMES, seed=23
+    )
+    adapter, tensors = Adapter.open(path), load_file(path / "adapter_model.safetensors")
+    x = torch.randn(TOKENS, 96, generator=torch.Generator().manual_seed(2))
+    segments = group_tokens([0, -1], [TOKENS - 1, 1], torch.device("cpu"))
+    factors = []
+    for rank in range(tp):
+        as_rank(rank, tp)
+        layer = QKVParallelLinear(96, 8, 24, kv_heads, bias=False, params_dtype=torch.float32, parallel_group="tp")
+        factors.append(_local_factors(adapter, "qkv_proj", layer, FullySharded()))
+        assert_fits(FullySharded().slot_size(layer, lora_rank), factors[-1])
+    gathered = torch.stack([shrink(x, own, segments) for own in factors])
+    for rank, own in enumerate(factors):
+        heads = [(rank * 24 // tp, 24 // tp), _kv_heads(rank, tp, kv_heads), _kv_heads(rank, tp, kv_heads)]
+        output = torch.zeros(TOKENS, 8 * sum(count for _, count in heads))
+        expand(output, gathered, own, segments)
+        rows = [
+            dense_delta(adapter, tensors, f"model.layers.0.self_attn.{name}", x)[:, first * 8 : (first + count) * 8]
+            for name, (first, count) in zip(NAMES, heads, strict=True)
+        ]
+        expected = torch.cat(rows, dim=1)
+        expected[-1] = 0  # the base model's token
+        torch.testing.assert_close(output.double(), expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tp", [1, 2, 3, 8])
+@pytest.mark.parametrize("nblocks", [None, 2, 3, 8])
+def test_fully_sharded_row_parallel(zoo: Zoo, as_rank: Any, tp: int, nblocks: int | None) -> None:
+    """Shrink outputs added up as an all-reduce does; each rank adds its own slice of the output."""
+    from sglang.srt.layers.linear import RowParallelLinear
+
+    from bdlora_kernels.fully_sharded import expand, shrink
+    from bdlora_sglang.serving.fully_sharded import FullySharded
+
+    model = zoo.model("llama")
+    path = zoo.adapter(model, f"down-{nblocks}", rank=24, nblocks=nblocks, target_modules=["down_proj"], seed=22)
+    adapter, tensors = Adapter.open(path), load_file(path / "adapter_model.safetensors")
+    x = torch.randn(TOKENS, 384, generator=torch.Generator().manual_seed(1))
+    segments = group_tokens([0], [TOKENS], torch.device("cpu"))
+    factors, shrunk, part = [], torch.zeros(TOKENS, 24), 384 // tp
+    for rank in range(tp):
+        as_rank(rank, tp)
+        layer = RowParallelLinear(
+            384, 96, bias=False, params_dtype=torch.float32, reduce_results=False, parallel_group="tp"
+        )
+        factors.append(_local_factors(adapter, "down_proj", layer, FullySharded()))
+        assert_fits(FullySharded().slot_size(layer, 24), factors[-1])
+        shrunk += shrink(x[:, rank * part : (rank + 1) * part], factors[-1], segments)
+    written = torch.zeros(96)
+    total = torch.zeros(TOKENS, 96)
+    for own in factors:
+        output = torch.zeros(TOKENS, 96)
+        expand(output, shrunk[None], own, segments)
+        written += output.ne(0).any(dim=0)
+        total += output
+    assert written.max() == 1, "two ranks add to the same outputs"
+    expected = dense_delta(adapter, tensors, "model.layers.0.mlp.down_proj", x)
+    torch.testing.assert_close(total.double(), expected, atol=1e-4, rtol=1e-5)

@@ -1,5 +1,7 @@
 """The models and adapters that the serving tests share, made once a session."""
 
+import itertools
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,10 +49,12 @@ class Zoo:
             self._made.add(folder)
         return folder
 
-    def adapters(self, model: Path) -> dict[str, Path]:
-        """All of `ADAPTERS` for ``model``, by name, side by side in one folder."""
+    def adapters(self, model: Path, but: Collection[str] = ()) -> dict[str, Path]:
+        """All of `ADAPTERS` for ``model`` but some, by name, side by side in one folder."""
         return {
-            name: self.adapter(model, name, seed=seed, **spec) for seed, (name, spec) in enumerate(ADAPTERS.items())
+            name: self.adapter(model, name, seed=seed, **spec)
+            for seed, (name, spec) in enumerate(ADAPTERS.items())
+            if name not in but
         }
 
     def adapter(self, model: Path, name: str, **spec: Any) -> Path:
@@ -61,11 +65,20 @@ class Zoo:
         return folder
 
 
-# CI runs Llama on every TP degree and three more architectures on one; `--full` runs five architectures on each.
-# Mistral's intermediate size is one that SGLang pads at TP 2 and 4.
+# CI runs Llama on every TP degree and three more architectures on one; `--full` runs five architectures on each, and
+# both shardings. Mistral's intermediate size is one that SGLang pads at TP 2 and 4.
 OVERRIDES: dict[str, dict[str, Any]] = {"mistral": {"intermediate_size": 480}}
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "gemma")
-CI_CASES = {("llama", 1), ("llama", 2), ("llama", 4), ("qwen2", 2), ("mistral", 2), ("gemma", 1)}
-CASES = [(architecture, tp) for architecture in ARCHITECTURES for tp in (1, 2, 4)]
+FREE, SHARDED = "communication-free", "fully-sharded"
+CI_CASES = {
+    ("llama", 1, FREE),
+    ("llama", 2, FREE),
+    ("llama", 4, FREE),
+    ("llama", 4, SHARDED),
+    ("mistral", 2, FREE),
+    ("qwen2", 2, SHARDED),
+    ("gemma", 1, FREE),
+}
+CASES = list(itertools.product(ARCHITECTURES, (1, 2, 4), (FREE, SHARDED)))
 
 PROMPTS: tuple[list[int], ...] = ([11, 23, 5, 42, 77, 130, 8], [301], list(range(60, 101)))

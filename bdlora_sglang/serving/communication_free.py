@@ -1,0 +1,60 @@
+"""BD-LoRA's own sharding: each rank holds the blocks that meet its shard, and no rank waits for another."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from sglang.srt.layers.linear import ColumnParallelLinear, RowParallelLinear
+
+from bdlora_kernels import LayerFactors, UnpackedSlice, pack
+from bdlora_kernels.layout import align
+from bdlora_sglang.adapter import Adapter, LoRAModule, read_slice, slice_module
+from bdlora_sglang.serving.kernels import Kernels
+from bdlora_sglang.serving.layers import ServedModule
+from bdlora_sglang.serving.sharding import LocalFactors, SlotSize
+
+
+class CommunicationFree:
+    """`Sharding` without communication; the ranks of a slot are local ranks."""
+
+    description = "no communication for LoRA"
+    exchanges = False
+
+    def flag_that_fits(self, rank: int, local_rank: int) -> str:
+        return f"--max-local-rank {local_rank}"
+
+    def read(
+        self, adapter: Adapter, modules: Sequence[tuple[LoRAModule, ServedModule]], dtype: torch.dtype
+    ) -> LocalFactors | None:
+        parts: list[UnpackedSlice] = []
+        local_rank = 0
+        for module, served in modules:
+            slices = slice_module(module, served.shard)
+            local_rank = max(local_rank, sum(part.rank for part in slices))
+            for part in slices:
+                factors = read_slice(adapter, part, dtype)
+                parts.append(UnpackedSlice(factors.a, factors.b, part.input_start, part.output_start, part.scaling))
+        return LocalFactors(pack(parts), local_rank) if parts else None
+
+    def slot_size(self, layer: ColumnParallelLinear | RowParallelLinear, rank: int) -> SlotSize:
+        if isinstance(layer, RowParallelLinear):
+            modules, groups = 1, rank
+            a, b = rank * layer.input_size_per_partition, rank * layer.output_size
+        else:
+            modules, groups = len(layer.output_partition_sizes), 1
+            a, b = modules * rank * layer.input_size, rank * sum(layer.output_partition_sizes)
+        # There are at most `rank` slices of each module, and every one may start on an aligned element.
+        slices = modules * rank
+        padding = align(1) * slices
+        return SlotSize(align(a) + padding, align(b) + padding, slices, groups, rank, slices)
+
+    def add_delta(
+        self,
+        layer: ColumnParallelLinear | RowParallelLinear,
+        y_TO: torch.Tensor,
+        x_TI: torch.Tensor,
+        factors: LayerFactors,
+        kernels: Kernels,
+        segments: Any,
+    ) -> None:
+        kernels.add_delta(y_TO, x_TI, factors, segments)

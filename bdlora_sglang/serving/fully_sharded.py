@@ -1,0 +1,92 @@
+"""S-LoRA's fully sharded mode: both factors cut over the ranks, and one more collective in every layer with LoRA.
+
+Column-parallel layers gather the shrink output, row-parallel layers reduce it (S-LoRA, section 6.1). Every adapter is
+served, a block-diagonal one in its dense form. The paper's baseline; `CommunicationFree` is what it is compared with.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from sglang.srt.distributed.parallel_state import GroupCoordinator
+from sglang.srt.distributed.utils import get_group_rank_size
+from sglang.srt.layers.linear import ColumnParallelLinear, RowParallelLinear
+from sglang.srt.runtime_context import get_parallel
+
+from bdlora_kernels import LayerFactors, UnpackedSlice, pack
+from bdlora_kernels.fully_sharded import expand, shrink
+from bdlora_kernels.layout import align
+from bdlora_sglang.adapter import Adapter, LoRAModule
+from bdlora_sglang.adapter.fully_sharded import read_column_parallel, read_row_parallel
+from bdlora_sglang.serving.kernels import Kernels
+from bdlora_sglang.serving.layers import ServedModule
+from bdlora_sglang.serving.sharding import LocalFactors, SlotSize
+
+
+class FullySharded:
+    """`Sharding` as in S-LoRA; the ranks of a slot are whole ranks. The collectives are the layer's own group's."""
+
+    description = "fully sharded as in S-LoRA, one more collective in each layer with LoRA"
+    exchanges = True
+
+    def flag_that_fits(self, rank: int, local_rank: int) -> str:
+        return f"--max-lora-rank {rank}"
+
+    def read(
+        self, adapter: Adapter, modules: Sequence[tuple[LoRAModule, ServedModule]], dtype: torch.dtype
+    ) -> LocalFactors | None:
+        parts: list[UnpackedSlice] = []
+        for module, served in modules:
+            read = read_row_parallel if served.row_parallel else read_column_parallel
+            factors = read(adapter, module, served.shard, served.tp_rank, served.tp_size, dtype)
+            parts.append(
+                UnpackedSlice(factors.a, factors.b, factors.input_start, factors.output_start, factors.scaling)
+            )
+        served = modules[0][1]
+        packed = pack(parts, gathered=1 if served.row_parallel else served.tp_size)
+        return LocalFactors(packed, max(part.a.shape[0] for part in parts))
+
+    def slot_size(self, layer: ColumnParallelLinear | RowParallelLinear, rank: int) -> SlotSize:
+        _, tp_size = get_group_rank_size(layer.tp_group)
+        chunk = -(-rank // tp_size)
+        if isinstance(layer, RowParallelLinear):
+            outputs = -(-layer.output_size // tp_size)
+            return SlotSize(align(rank * layer.input_size_per_partition), align(rank * outputs), 1, 1, rank, rank)
+        sizes = layer.output_partition_sizes
+        modules = len(sizes)
+        b = sum(align(tp_size * chunk * size) for size in sizes)
+        return SlotSize(align(modules * chunk * layer.input_size), b, modules, 1, chunk, modules * chunk)
+
+    def add_delta(
+        self,
+        layer: ColumnParallelLinear | RowParallelLinear,
+        y_TO: torch.Tensor,
+        x_TI: torch.Tensor,
+        factors: LayerFactors,
+        kernels: Kernels,
+        segments: Any,
+    ) -> None:
+        # Of the same shape on all ranks, so all of them leave here or none.
+        h_TW = shrink(x_TI, factors, segments)
+        if h_TW.numel() == 0:
+            return
+        group = _group(layer)
+        if group is None:
+            h_NTW = h_TW[None]
+        elif isinstance(layer, RowParallelLinear):
+            h_NTW = group.all_reduce(h_TW)[None]
+        else:
+            h_NTW = group.all_gather(h_TW, dim=0).unflatten(0, (group.world_size, len(h_TW)))
+        expand(y_TO, h_NTW, factors, segments)
+
+
+def _group(layer: ColumnParallelLinear | RowParallelLinear) -> GroupCoordinator | None:
+    """The ranks over which ``layer`` is sharded; None where it is whole on each."""
+    _, tp_size = get_group_rank_size(layer.tp_group)
+    if tp_size == 1:
+        return None
+    group = (
+        get_parallel().attn_tp_group if getattr(layer, "use_dp_attention_reduce", False) else get_parallel().tp_group
+    )
+    assert group.world_size == tp_size, f"a layer over {tp_size} ranks in a group of {group.world_size}"
+    return group
