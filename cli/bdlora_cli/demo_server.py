@@ -12,7 +12,7 @@ from typing import Any
 
 import requests
 
-from bdlora_perf.server_process import ServerProcess, free_port, launch_command
+from bdlora_perf.server_process import ServerProcess, free_port, launch_command, only_models
 from bdlora_sglang.errors import BDLoRAError
 
 _REQUEST_SECONDS = 120
@@ -106,7 +106,13 @@ def running_server(
 def _environment(tp: int) -> dict[str, str]:
     import torch
 
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "COLUMNS": "100"}
+    environment = {
+        **only_models("llama"),
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "COLUMNS": "100",
+    }
     if 0 < torch.cuda.device_count() < tp:
         # Each rank needs a GPU of its own. Without any, `bdlora launch` takes the CPU.
         environment["CUDA_VISIBLE_DEVICES"] = ""

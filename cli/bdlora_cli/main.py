@@ -7,6 +7,7 @@ import typer
 from bdlora_cli.convert import app as convert_app
 from bdlora_cli.demo import demo
 from bdlora_cli.launch import launch
+from bdlora_cli.perf import app as perf_app
 from bdlora_sglang.errors import BDLoRAError
 
 app = typer.Typer(
@@ -21,6 +22,7 @@ app = typer.Typer(
 app.command("launch", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(launch)
 app.command("demo")(demo)
 app.add_typer(convert_app)
+app.add_typer(perf_app)
 
 
 def main() -> None:

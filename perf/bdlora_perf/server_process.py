@@ -1,5 +1,6 @@
 """A server in a process of its own: started, waited for, and stopped with everything that it started itself."""
 
+import importlib.util
 import os
 import signal
 import socket
@@ -9,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import requests
 
@@ -24,10 +26,30 @@ def launch_command(*flags: object) -> list[str]:
     return [sys.executable, "-m", "bdlora_cli.main", "launch", *map(str, flags)]
 
 
+def only_models(*names: str) -> dict[str, str]:
+    """The environment in which SGLang imports these of its model files alone, such as "llama".
+
+    It imports each of its 200 in every process: half of a start on two cores.
+    """
+    spec = importlib.util.find_spec("sglang")
+    if spec is None or spec.origin is None:
+        return {}
+    kept = {"__init__", "registry", "utils", *names}
+    others = {path.stem for path in (Path(spec.origin).parent / "srt" / "models").glob("*.py")} - kept
+    return {"SGLANG_DISABLED_MODEL_ARCHS": ",".join(sorted(others))}
+
+
 def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])
+
+
+def _opened(log: Path) -> BinaryIO:
+    try:
+        return log.open("wb")
+    except OSError as error:
+        raise BDLoRAError(f"{log}: found {error.strerror}, expected a file that can be written") from error
 
 
 class ServerProcess:
@@ -41,9 +63,13 @@ class ServerProcess:
         environment: Mapping[str, str] | None = None,
         folder: Path | None = None,
     ) -> None:
-        """Start ``command`` in ``folder``; without an environment it gets ours."""
+        """Start ``command`` in ``folder``; without an environment it gets ours.
+
+        Raises:
+            BDLoRAError: the log cannot be written.
+        """
         self.url, self.log = url, log
-        with log.open("wb") as file:
+        with _opened(log) as file:
             # In a session of its own: every process of the server is in one group, and Ctrl-C reaches us alone.
             self._process = subprocess.Popen(
                 command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=folder, start_new_session=True
@@ -52,6 +78,11 @@ class ServerProcess:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while the server runs."""
+        return self._process.poll()
 
     def wait_until_healthy(self) -> None:
         """Return when the server answers; raise `BDLoRAError` with the end of its log when it never will."""

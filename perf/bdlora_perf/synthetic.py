@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bdlora_perf.synthetic_tokenizer import BOS_ID, EOS_ID, VOCAB_SIZE, make_tokenizer
+from bdlora_perf.synthetic_tokenizer import BOS_ID, EOS_ID, VOCAB_SIZE, make_tokenizer, unprintable_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,7 +62,9 @@ _BIAS_STD = 0.2
 _NORM_STD = 0.1
 
 
-def make_model(folder: str | Path, architecture: str = "llama", *, seed: int = 0, **overrides: Any) -> Path:
+def make_model(
+    folder: str | Path, architecture: str = "llama", *, seed: int = 0, printable: bool = False, **overrides: Any
+) -> Path:
     """Make a random float32 causal language model with a tokenizer, and return its folder.
 
     Args:
@@ -70,6 +72,8 @@ def make_model(folder: str | Path, architecture: str = "llama", *, seed: int = 0
         architecture: one of `ARCHITECTURES`: "qwen2" has biases on q, k and v, "qwen3" norms on q and k, "gemma" tied
             embeddings and GeLU.
         seed: of the weights.
+        printable: never generate a token without a text of its own (half of a character, a special token), so that
+            every token of a streamed answer arrives as text; for untied embeddings.
         **overrides: fields of the model's config, such as ``intermediate_size=480`` (which SGLang pads at TP 2).
 
     Raises:
@@ -83,10 +87,16 @@ def make_model(folder: str | Path, architecture: str = "llama", *, seed: int = 0
     config.dtype = torch.float32
     model = AutoModelForCausalLM.from_config(config)
     _fill_weights(model, torch.Generator().manual_seed(seed), zero_centred_norms=architecture == "gemma")
+    tokenizer = make_tokenizer()
+    if printable:
+        assert not config.tie_word_embeddings, "a row of the embedding is not to be zeroed"
+        # A logit of zero never is the largest of hundreds of random ones.
+        with torch.no_grad():
+            model.get_output_embeddings().weight[unprintable_tokens(tokenizer)] = 0
     folder = Path(folder)
     with _no_progress_bar():
         model.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 

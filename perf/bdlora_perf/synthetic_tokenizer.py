@@ -54,3 +54,9 @@ def make_tokenizer() -> "PreTrainedTokenizerFast":
     )
     fast.chat_template = _CHAT_TEMPLATE
     return fast
+
+
+def unprintable_tokens(tokenizer: "PreTrainedTokenizerFast") -> list[int]:
+    """Tokens that have no text alone: special ones, and bytes that are no whole character in UTF-8."""
+    texts = [tokenizer.decode([token], skip_special_tokens=True) for token in range(VOCAB_SIZE)]
+    return [token for token, text in enumerate(texts) if not text or "\ufffd" in text]

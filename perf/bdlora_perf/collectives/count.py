@@ -1,18 +1,17 @@
-"""Collectives of a running engine, counted from the trace that PyTorch's profiler writes for each rank.
+"""Collectives of a running engine, counted in the traces that PyTorch's profiler writes for each rank.
 
 SGLang starts the profiler itself (``/start_profile``, ``Engine.start_profile`` with ``activities=["CPU"]`` and
 ``record_shapes=True``), so what is counted is what ran.
 """
 
-import gzip
-import json
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from bdlora_perf.collectives.trace import read_traces
 
 # Collectives of the model. Broadcasts are left out: the scheduler hands requests to the ranks with them.
 _OPERATIONS = {
@@ -24,10 +23,9 @@ _OPERATIONS = {
     "c10d::alltoall_": "all_to_all",
     "c10d::alltoall_base_": "all_to_all",
 }
-_TRACE_RANK = re.compile(r"TP-(\d+)")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Collective:
     """A kind of collective and the shape of its input on one rank."""
 
@@ -39,33 +37,32 @@ class Collective:
         return math.prod(self.shape)
 
 
-def count_collectives(folder: Path) -> dict[int, Counter[Collective]]:
-    """Collectives by TP rank, from all traces in ``folder``.
+def traffic_elements(collective: Collective, num_ranks: int) -> float:
+    """Elements that each rank receives in a ring algorithm, which is what the papers count.
 
     Raises:
-        ValueError: there is no trace of a TP rank in the folder.
+        KeyError: another operation than all-gather and all-reduce.
     """
-    counts: dict[int, Counter[Collective]] = {}
-    for path in sorted(folder.rglob("*.trace.json*")):
-        match = _TRACE_RANK.search(path.name)
-        if match is not None:
-            counts.setdefault(int(match[1]), Counter()).update(_count_trace(path))
-    if not counts:
-        raise ValueError(f"{folder}: found no trace of a TP rank, expected *TP-<rank>*.trace.json(.gz)")
-    return counts
+    elements = collective.elements * (num_ranks - 1)
+    return {"all_gather": elements, "all_reduce": 2 * elements / num_ranks}[collective.operation]
 
 
-def _count_trace(path: Path) -> Counter[Collective]:
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as file:
-        events = json.load(file)["traceEvents"]
-    return Counter(_collective(event) for event in events if event.get("name") in _OPERATIONS)
+def count_collectives(folder: Path) -> dict[int, Counter[Collective]]:
+    """Collectives by TP rank, from all traces in ``folder``; raises `ValueError` where there is none."""
+    return {
+        rank: Counter(found for event in events if (found := collective_of(event)) is not None)
+        for rank, events in read_traces(folder).items()
+    }
 
 
-def _collective(event: Mapping[str, Any]) -> Collective:
+def collective_of(event: Mapping[str, Any]) -> Collective | None:
+    """The collective that an event of a trace is; None for any other event."""
+    operation = _OPERATIONS.get(event.get("name", ""))
+    if operation is None:
+        return None
     # all_gather's first argument is its output; the smallest tensor is what one rank puts in.
     tensors = [tuple(shape) for shape in _shapes(event["args"]["Input Dims"])]
-    return Collective(_OPERATIONS[event["name"]], min(tensors, key=math.prod))
+    return Collective(operation, min(tensors, key=math.prod))
 
 
 def _shapes(dims: Any) -> list[list[int]]:

@@ -1,0 +1,13 @@
+"""``bdlora perf``: throughput and latency, measured, estimated and compared. A module for each command."""
+
+import typer
+
+from bdlora_cli.perf_collectives import collectives
+from bdlora_cli.perf_compare import compare
+from bdlora_cli.perf_estimate import estimate
+from bdlora_cli.perf_kernels import kernels
+from bdlora_cli.perf_serve import serve
+
+app = typer.Typer(name="perf", help="Throughput and latency: measured, estimated, compared.", no_args_is_help=True)
+for command in (serve, collectives, kernels, estimate, compare):
+    app.command()(command)

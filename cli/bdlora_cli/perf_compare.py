@@ -1,0 +1,68 @@
+"""``bdlora perf compare``: two reports side by side; exit code 1 for a regression."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from bdlora_perf.report.compare import Comparison
+
+_COLORS = {"improvement": "green", "regression": "red", "changed": "yellow", "no change": "default"}
+
+
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="A", help="The report to compare with: its folder, or report.json.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="The new report.")],
+    tolerance: Annotated[float, typer.Option(min=0, help="A relative change of a median up to this is none.")] = 0.05,
+    only_changes: Annotated[bool, typer.Option("--only-changes", help="Leave out what did not change.")] = False,
+) -> None:
+    """Show what changed from A to B beyond the noise of both; exit with 1 when something became worse."""
+    from rich.console import Console
+
+    from bdlora_perf.report.compare import compare_reports
+    from bdlora_perf.report.schema import load_report
+
+    comparison = compare_reports(load_report(a), load_report(b), tolerance)
+    _print(comparison, Console(), only_changes)
+    if comparison.regressions:
+        raise typer.Exit(1)
+
+
+def _print(comparison: "Comparison", console: "Console", only_changes: bool) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from bdlora_perf.report.compare import Verdict
+    from bdlora_perf.report.results import format_number
+
+    shown = [change for change in comparison.changes if not only_changes or change.verdict is not Verdict.SAME]
+    for metric in dict.fromkeys(change.metric for change in shown):
+        table = Table(title=escape(metric), title_justify="left")
+        for column in ("system", "point"):
+            table.add_column(column, overflow="fold")
+        for column in ("A", "B", "ratio", "noise"):
+            table.add_column(column, justify="right", no_wrap=True)
+        table.add_column("verdict", no_wrap=True)
+        for change in (change for change in shown if change.metric == metric):
+            color = _COLORS[change.verdict.value]
+            table.add_row(
+                escape(change.system),
+                escape(change.point),
+                format_number(change.a),
+                format_number(change.b),
+                "-" if change.ratio is None else f"{change.ratio:.3f}",
+                "-" if change.noise is None else f"±{change.noise:.1%}",
+                f"[{color}]{change.verdict.value}[/{color}]",
+            )
+        console.print(table)
+    for name, missing in (("A", comparison.only_in_a), ("B", comparison.only_in_b)):
+        for what in missing:
+            console.print(f"only in {name}: {escape(what)}", soft_wrap=True)
+    for warning in comparison.warnings:
+        console.print(f"[yellow]{escape(warning)}[/yellow]", soft_wrap=True)
+    counts = {verdict: sum(change.verdict is verdict for change in comparison.changes) for verdict in Verdict}
+    summary = ", ".join(f"{verdict.value} {count}" for verdict, count in counts.items())
+    console.print(f"{len(comparison.changes)} figures compared: {summary}")

@@ -1,0 +1,142 @@
+"""``bdlora perf estimate``: which rank and block count for a model, GPUs and traffic, by arithmetic alone."""
+
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from bdlora_cli.perf_output import check_output
+from bdlora_perf.estimate.traffic import Distribution, Traffic
+
+if TYPE_CHECKING:
+    from bdlora_perf.estimate.paper import Comparison
+    from bdlora_perf.estimate.report import Estimate, RankEstimate
+
+
+def estimate(
+    model: Annotated[str, typer.Option(help="A short name such as llama-3.1-70b, a model folder or a config.json.")],
+    gpu: Annotated[str, typer.Option(help="a100, a100-40gb, h100, h200, b200 or l40s.")] = "a100",
+    tp: Annotated[int, typer.Option("--tp", help="TP degree.")] = 8,
+    concurrency: Annotated[int, typer.Option(help="Requests under way at any time.")] = 32,
+    input_len: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 1024,
+    output_len: Annotated[int, typer.Option(help="Tokens of an answer.")] = 128,
+    adapters: Annotated[int, typer.Option(help="Adapters in GPU memory.")] = 8,
+    distribution: Annotated[
+        Distribution, typer.Option(help="Of requests over adapters, as in SGLang's load generator.")
+    ] = Distribution.UNIFORM,
+    rank: Annotated[list[int] | None, typer.Option(help="Rank of plain LoRA; repeatable. Default: 16 and 64.")] = None,
+    blocks: Annotated[
+        list[int] | None, typer.Option(help="Blocks of BD-LoRA; repeatable. Default: TP/2, TP and 2 TP.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Write a report to this folder.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a report in the folder.")] = False,
+    sources: Annotated[bool, typer.Option("--sources", help="Show where every constant is from.")] = False,
+) -> None:
+    """Estimate LoRA serving under TP, with BD-LoRA and without. Nothing is measured, and no GPU is needed."""
+    from bdlora_perf.estimate.report import make_estimate, make_report, source_lines
+
+    started = time.perf_counter()
+    if output is not None:
+        check_output(output, force)
+    traffic = Traffic(concurrency, input_len, output_len, adapters, distribution)
+    made = make_estimate(model, gpu, tp, traffic, rank or (16, 64), blocks or ())
+    console = Console()
+    for estimated in made.ranks:
+        _print_steps(console, made, estimated)
+        _print_candidates(console, estimated)
+    _print_headlines(console, made.headlines)
+    if sources:
+        console.print(f"\nEstimate: constants for {made.deployment.gpu.label}", style="italic")
+        for line in source_lines(made.deployment.gpu):
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
+    if output is not None:
+        from bdlora_perf.report.write import write_report
+
+        report = make_report(made, shlex.join(["bdlora", *sys.argv[1:]]), time.perf_counter() - started)
+        written = write_report(report, output)
+        console.print(f"Estimate written: {', '.join(map(str, written))}", soft_wrap=True, markup=False)
+
+
+def _print_steps(console: Console, made: "Estimate", estimated: "RankEstimate") -> None:
+    """Milliseconds of one step of every baseline and of what is suggested."""
+    deployment, traffic = made.deployment, made.traffic
+    table = Table(
+        title=f"Estimate: LoRA r = {estimated.rank}, {escape(deployment.shape.name)} on {deployment.tp} x "
+        f"{deployment.gpu.label}\nconcurrency {traffic.concurrency}, {traffic.input_len} + {traffic.output_len} tokens"
+        f", adapters {traffic.adapters}, {traffic.distribution.value}",
+        caption="ms of one step; LoRA and sent are parts of the decode step",
+    )
+    table.add_column("system", no_wrap=True)
+    for column in ("rank", "prefill", "decode", "LoRA", "sent", "token/s"):
+        table.add_column(column, justify="right")
+    hidden = {candidate.serving for candidate in estimated.candidates if candidate.purpose is None}
+    for serving, requests in estimated.systems:
+        if serving not in hidden:
+            step = requests.decode
+            parts = (requests.prefill.seconds, step.seconds, step.lora + step.lora_launches, step.lora_collectives)
+            milliseconds = (f"{part * 1e3:.2f}" for part in parts)
+            rank = str(serving.rank) if serving.rank else "-"
+            table.add_row(serving.label, rank, *milliseconds, f"{requests.output_throughput:,.0f}")
+    console.print(table)
+
+
+def _print_candidates(console: Console, estimated: "RankEstimate") -> None:
+    """BD-LoRA of every rank and block count, and what is suggested."""
+    from bdlora_perf.estimate.report import suggestion
+
+    table = Table(
+        title=f"Estimate: BD-LoRA in place of LoRA r = {estimated.rank}",
+        caption="params: of LoRA's; S-LoRA, triton_v2: output throughput over theirs;\nMiB: one adapter on one GPU",
+    )
+    table.add_column("adapter", no_wrap=True)
+    for column in ("rank", "params", "S-LoRA", "triton_v2", "MiB"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("for", no_wrap=True)
+    suggested = [candidate for candidate in estimated.candidates if candidate.purpose is not None]
+    for candidate in estimated.candidates:
+        purpose = candidate.purpose.value if candidate.purpose else "" if candidate.fits else "no fit"
+        ratios = (candidate.parameter_ratio, candidate.over_s_lora, candidate.over_replicated)
+        table.add_row(
+            candidate.serving.label,
+            str(candidate.serving.rank),
+            *(f"{ratio:.2f}x" for ratio in ratios),
+            f"{candidate.adapter_bytes / 2**20:.1f}",
+            purpose,
+            style="bold" if candidate.purpose else None,
+        )
+    console.print(table)
+    for candidate in suggested:
+        console.print(f"Estimate. {suggestion(candidate)}")
+    if not suggested:
+        console.print("Estimate. Nothing is suggested: no candidate fits the GPUs and gains.", style="yellow")
+    console.print()
+
+
+def _print_headlines(console: Console, headlines: "tuple[Comparison, ...]") -> None:
+    from bdlora_perf.estimate.model_shape import SHAPES
+    from bdlora_perf.estimate.paper import ASSUMED, KNOWN, LACKING, TOLERANCE
+
+    table = Table(title="Estimate: the paper's speed-ups over S-LoRA (8 x A100, TP 8, up to) beside ours")
+    table.add_column("model", no_wrap=True)
+    for column in ("params", "paper", "estimate", "off by", f"in {TOLERANCE:.0%}"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("largest at")
+    for comparison in headlines:
+        table.add_row(
+            SHAPES[comparison.headline.model].name,
+            f"{comparison.parameter_ratio:.2f}x",
+            f"{comparison.headline.speed_up:.2f}x",
+            f"{comparison.speed_up:.2f}x",
+            f"{comparison.deviation:+.0%}",
+            "yes" if comparison.within_tolerance else "[yellow]no[/yellow]",
+            comparison.setting,
+        )
+    console.print(table)
+    for text in (KNOWN, ASSUMED, LACKING):
+        console.print(text, highlight=False)

@@ -1,0 +1,34 @@
+"""What the papers say that LoRA sends in one forward pass."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from bdlora_perf.collectives.count import Collective
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The tokens of one forward pass, and the rank of the adapters on all seven linear modules of each layer."""
+
+    tokens: int
+    rank: int
+
+
+def added_by_lora(fully_sharded: bool, batch: Batch, num_layers: int, num_ranks: int) -> Counter[Collective]:
+    """Collectives that LoRA adds to the base model's.
+
+    None when it is communication-free (BD-LoRA, section 3). Fully sharded (S-LoRA, section 6.2), each layer gathers the
+    shrink outputs of q, k, v and those of gate, up, and reduces those of o and of down: 5 (N - 1) r T / N elements in
+    attention and 4 (N - 1) r T / N in the MLP, where N ranks divide r.
+    """
+    if not fully_sharded or num_ranks == 1:
+        return Counter()
+    chunk = -(-batch.rank // num_ranks)
+    per_layer = Counter(
+        {
+            Collective("all_gather", (batch.tokens, 3 * chunk)): 1,
+            Collective("all_gather", (batch.tokens, 2 * chunk)): 1,
+            Collective("all_reduce", (batch.tokens, batch.rank)): 2,
+        }
+    )
+    return Counter({collective: count * num_layers for collective, count in per_layer.items()})

@@ -1,0 +1,172 @@
+"""The shapes of a dense decoder: hidden size, heads, layers, and its linear modules as tensor parallelism cuts them."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from bdlora_sglang.convert.sides import TPSide
+from bdlora_sglang.errors import BDLoRAError
+from bdlora_sglang.model_names import MODEL_NAMES
+
+BYTES_PER_WEIGHT = 2  # bfloat16
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear module; ``shard`` is the part of its outputs (column) or inputs (row) that one rank holds."""
+
+    name: str
+    side: TPSide
+    inputs: int
+    outputs: int
+    shard: float
+
+    @property
+    def local_inputs(self) -> float:
+        return self.inputs * (self.shard if self.side is TPSide.ROW else 1)
+
+    @property
+    def local_outputs(self) -> float:
+        return self.outputs * (self.shard if self.side is TPSide.COLUMN else 1)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A Llama-like model: q, k and v are one fused layer, so are gate and up."""
+
+    name: str
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocabulary: int
+
+    def check_tp(self, tp: int) -> None:
+        """Raise `BDLoRAError` unless tensor parallelism can cut the model in ``tp`` even parts."""
+        for what, size in (("heads", self.heads), ("an intermediate size", self.intermediate)):
+            if tp < 1 or size % tp:
+                raise BDLoRAError(f"--tp: found {tp} and {what} of {size}, expected a divisor of {size}")
+        if self.kv_heads % tp and tp % self.kv_heads:
+            raise BDLoRAError(f"--tp: found {tp} and {self.kv_heads} KV heads, expected one to divide the other")
+
+    def local_kv_heads(self, tp: int) -> int:
+        """KV heads of one rank: they are copied where there are fewer than ranks."""
+        return max(1, self.kv_heads // tp)
+
+    def fused_layers(self, tp: int) -> tuple[tuple[Linear, ...], ...]:
+        """The linear modules of one decoder layer, those of a fused layer together."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        even, kv_shard = 1 / tp, self.local_kv_heads(tp) / self.kv_heads
+        column, row = TPSide.COLUMN, TPSide.ROW
+        return (
+            (
+                Linear("q_proj", column, self.hidden, q, even),
+                Linear("k_proj", column, self.hidden, kv, kv_shard),
+                Linear("v_proj", column, self.hidden, kv, kv_shard),
+            ),
+            (Linear("o_proj", row, q, self.hidden, even),),
+            (
+                Linear("gate_proj", column, self.hidden, self.intermediate, even),
+                Linear("up_proj", column, self.hidden, self.intermediate, even),
+            ),
+            (Linear("down_proj", row, self.intermediate, self.hidden, even),),
+        )
+
+    def linears(self, tp: int = 1) -> Iterator[Linear]:
+        """The seven linear modules of one decoder layer."""
+        return (linear for layer in self.fused_layers(tp) for linear in layer)
+
+    def weight_bytes(self, tp: int) -> float:
+        """Bytes of the weights on one GPU: linear modules, embedding and output head."""
+        linears = sum(linear.inputs * linear.outputs * linear.shard for linear in self.linears(tp))
+        return (self.layers * linears + 2 * self.vocabulary * self.hidden / tp) * BYTES_PER_WEIGHT
+
+    def kv_bytes_per_token(self, tp: int) -> float:
+        """Bytes of the KV cache on one GPU for one position."""
+        return self.layers * 2 * self.local_kv_heads(tp) * self.head_dim * BYTES_PER_WEIGHT
+
+
+def _shape(name: str, *sizes: int) -> ModelShape:
+    hidden, layers, heads, kv_heads, head_dim, intermediate, vocabulary = sizes
+    return ModelShape(name, hidden, layers, heads, kv_heads, head_dim, intermediate, vocabulary)
+
+
+# The models' own config.json.
+_LLAMA_8B = _shape("Llama-3.1-8B", 4096, 32, 32, 8, 128, 14336, 128256)
+_LLAMA_70B = _shape("Llama-3.1-70B", 8192, 80, 64, 8, 128, 28672, 128256)
+SHAPES: Mapping[str, ModelShape] = {
+    "llama-3.1-8b": _LLAMA_8B,
+    "llama-3.1-8b-instruct": _LLAMA_8B,
+    "llama-3.1-70b": _LLAMA_70B,
+    "llama-3.1-70b-instruct": _LLAMA_70B,
+    "llama-3.3-70b-instruct": _LLAMA_70B,
+    "llama-3.1-405b": _shape("Llama-3.1-405B", 16384, 126, 128, 8, 128, 53248, 128256),
+    "mistral-7b": _shape("Mistral-7B", 4096, 32, 32, 8, 128, 14336, 32768),
+    "qwen2.5-7b": _shape("Qwen2.5-7B", 3584, 28, 28, 4, 128, 18944, 152064),
+    "qwen2.5-72b": _shape("Qwen2.5-72B", 8192, 80, 64, 8, 128, 29568, 152064),
+    "qwen3-8b": _shape("Qwen3-8B", 4096, 36, 32, 8, 128, 12288, 151936),
+    "qwen3-32b": _shape("Qwen3-32B", 5120, 64, 64, 8, 128, 25600, 151936),
+}
+_BY_REPO = {repo.lower(): SHAPES[name] for name, repo in MODEL_NAMES.items()}
+
+
+def load_shape(model: str) -> ModelShape:
+    """The shape of a short name or its repo id, of a model folder, or of a ``config.json``.
+
+    Raises:
+        BDLoRAError: none of these, or a config that is not a dense decoder's.
+    """
+    known = SHAPES.get(model.lower()) or _BY_REPO.get(model.lower())
+    if known is not None:
+        return known
+    path = Path(model)
+    config = path / "config.json" if path.is_dir() else path
+    if not config.is_file():
+        raise BDLoRAError(
+            f"--model {model}: found neither a model folder nor a config.json, expected one or a short name "
+            f"({', '.join(SHAPES)})"
+        )
+    return _from_config(config)
+
+
+class _Config(BaseModel):
+    """The fields of Hugging Face's ``config.json`` that the estimate needs."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    hidden_size: int = Field(gt=0)
+    num_hidden_layers: int = Field(gt=0)
+    num_attention_heads: int = Field(gt=0)
+    num_key_value_heads: int | None = Field(default=None, gt=0)
+    head_dim: int | None = Field(default=None, gt=0)
+    intermediate_size: int = Field(gt=0)
+    vocab_size: int = Field(gt=0)
+    num_experts: None = None
+    num_local_experts: None = None
+    n_routed_experts: None = None
+
+
+def _from_config(path: Path) -> ModelShape:
+    try:
+        config = _Config.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        where = ".".join(map(str, problem["loc"])) or "the file"
+        raise BDLoRAError(
+            f"{path}: {where}: found {str(problem['input'])[:60]!r}, expected the config of a dense decoder "
+            f"({problem['msg']})"
+        ) from error
+    return ModelShape(
+        name=path.resolve().parent.name,
+        hidden=config.hidden_size,
+        layers=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads or config.num_attention_heads,
+        head_dim=config.head_dim or config.hidden_size // config.num_attention_heads,
+        intermediate=config.intermediate_size,
+        vocabulary=config.vocab_size,
+    )

@@ -1,0 +1,124 @@
+"""Times of a decode step, a prefill step and whole requests: a roofline for every kernel, alpha-beta for collectives.
+
+Kernels run one after the other, as do collectives: nothing overlaps. A kernel takes the longer of its memory traffic
+and its arithmetic, and `KERNEL_START` besides.
+"""
+
+from dataclasses import astuple, dataclass
+
+from bdlora_perf.estimate.base_cost import (
+    KERNELS_PER_LAYER,
+    KERNELS_PER_STEP,
+    Batch,
+    Work,
+    attention_work,
+    base_collectives,
+    decode_batch,
+    dense_work,
+    head_work,
+    prefill_batch,
+)
+from bdlora_perf.estimate.collectives import collective_seconds
+from bdlora_perf.estimate.hardware import GPU, KERNEL_START
+from bdlora_perf.estimate.lora_cost import Serving, adapter_bytes, lora_layers
+from bdlora_perf.estimate.model_shape import ModelShape
+from bdlora_perf.estimate.traffic import Traffic
+
+
+@dataclass(frozen=True)
+class Step:
+    """Seconds of one step on one rank, by what they go to; ``lora_collectives`` are those that LoRA adds."""
+
+    weights: float
+    attention: float
+    collectives: float
+    launches: float
+    lora: float
+    lora_collectives: float
+    lora_launches: float
+
+    @property
+    def seconds(self) -> float:
+        return float(sum(astuple(self)))
+
+
+@dataclass(frozen=True)
+class Requests:
+    """``concurrency`` requests that start together: one prefill after the other, then decode steps with all of them.
+
+    ``prefill`` is one step of it. Latencies in seconds, throughput in output tokens a second.
+    """
+
+    prefill: Step
+    decode: Step
+    ttft: float
+    tpot: float
+    e2e_latency: float
+    output_throughput: float
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """A model on GPUs. Raises `BDLoRAError` where tensor parallelism cannot cut the model evenly."""
+
+    shape: ModelShape
+    gpu: GPU
+    tp: int
+
+    def __post_init__(self) -> None:
+        self.shape.check_tp(self.tp)
+
+    def memory_bytes(self, serving: Serving, traffic: Traffic) -> dict[str, float]:
+        """Bytes on one GPU: weights, all adapters, and the KV cache of the requests that are under way."""
+        positions = traffic.concurrency * (traffic.input_len + traffic.output_len)
+        return {
+            "weights": self.shape.weight_bytes(self.tp),
+            "adapters": traffic.adapters * adapter_bytes(self.shape, serving, self.tp),
+            "kv_cache": positions * self.shape.kv_bytes_per_token(self.tp),
+        }
+
+    def fits(self, serving: Serving, traffic: Traffic) -> bool:
+        return sum(self.memory_bytes(serving, traffic).values()) <= self.gpu.memory_bytes
+
+    def requests(self, serving: Serving, traffic: Traffic) -> Requests:
+        """Prefill and decode of ``traffic``; raises `BDLoRAError` for blocks that do not match the ranks."""
+        serving.check_tp(self.tp)
+        prompts = min(traffic.concurrency, max(1, self._prefill_chunk // traffic.input_len))
+        prefill = self.step(serving, prefill_batch(traffic, prompts), traffic.distinct(prompts))
+        decode = self.step(serving, decode_batch(traffic), traffic.distinct(traffic.concurrency))
+        ttft = prefill.seconds * traffic.concurrency / prompts
+        latency = ttft + decode.seconds * (traffic.output_len - 1)
+        throughput = traffic.concurrency * traffic.output_len / latency
+        return Requests(prefill, decode, ttft, decode.seconds, latency, throughput)
+
+    @property
+    def _prefill_chunk(self) -> int:
+        """SGLang 0.5.23's chunked prefill size by GPU memory (arg_groups/memory_hook.py)."""
+        gib = self.gpu.memory_bytes / 2**30
+        return 4096 if gib < 60 else 8192 if gib < 160 else 16384
+
+    def step(self, serving: Serving, batch: Batch, distinct: float) -> Step:
+        """One forward pass; ``distinct`` adapters are in the batch."""
+        shape, tp = self.shape, self.tp
+        lora = list(lora_layers(shape, serving, tp, batch.tokens, distinct))
+        exchanges = [layer.exchange for layer in lora if layer.exchange is not None]
+        lora_kernels = sum(len(layer.kernels) + layer.extra_kernels for layer in lora)
+        start = KERNEL_START.value * 1e-6
+        return Step(
+            weights=shape.layers * self._seconds(*dense_work(shape, tp, batch))
+            + self._seconds(head_work(shape, tp, batch)),
+            attention=shape.layers * self._seconds(attention_work(shape, tp, batch)),
+            collectives=sum(
+                n * collective_seconds(c, self.gpu.link, tp) for c, n in base_collectives(shape, batch).items()
+            ),
+            launches=(shape.layers * KERNELS_PER_LAYER + KERNELS_PER_STEP) * start,
+            lora=shape.layers * self._seconds(*(kernel for layer in lora for kernel in layer.kernels)),
+            lora_collectives=shape.layers * sum(collective_seconds(c, self.gpu.link, tp) for c in exchanges),
+            lora_launches=shape.layers * lora_kernels * start,
+        )
+
+    def _seconds(self, *kernels: Work) -> float:
+        return sum(
+            max(kernel.num_bytes / self.gpu.bytes_per_second, kernel.flops / self.gpu.flops_per_second)
+            for kernel in kernels
+        )

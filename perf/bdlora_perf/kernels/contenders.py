@@ -1,0 +1,115 @@
+"""Who adds the LoRA delta: our kernels, and those that can be imported of SGLang's, FlashInfer's and cuBLAS's.
+
+A contender gets a `Problem` and returns a function that adds the delta of set n into ``problem.y_TO``. All that a
+server does once a batch (grouping tokens, copying metadata) is done before; what it does in each layer is in the call.
+"""
+
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from importlib.util import find_spec
+
+import torch
+
+from bdlora_kernels.configurations import Configuration, device_configurations
+from bdlora_kernels.launch import Scratch, add_lora_delta_triton
+from bdlora_kernels.layout import LayerFactors
+from bdlora_kernels.tables import SegmentTable, SliceTables
+from bdlora_perf.kernels.problem import SCALING, Call, Problem
+
+Contender = Callable[[Problem], Call]
+
+
+def prepare_ours(problem: Problem, configuration: Configuration | None = None) -> Call:
+    """Our Triton kernels, with the configuration that this architecture's file gives unless one is given."""
+    device, slices, tokens = problem.x_TI.device, problem.slices(), len(problem.slots_T)
+    ranks = sum(part.rank for part in slices)
+    tables = SliceTables.allocate(problem.num_slots, len(slices), 1, problem.rank, ranks, device)
+    for slot in range(problem.num_slots):
+        tables.write(slot, slices)
+    known = device_configurations(device)
+    segments = SegmentTable(tokens, problem.num_slots, known.block_tokens(tokens), device)
+    segments.fill(problem.slots_T, [1] * tokens)
+    splits = known.max_splits(segments.block_tokens) if configuration is None else configuration.splits
+    scratch = Scratch.allocate(tokens, ranks, splits, device)
+    slots = [slices] * problem.num_slots
+    layers = [
+        LayerFactors(a.flatten(1), b.flatten(1), slots) for a, b in zip(problem.a_NSRI, problem.b_NSOr, strict=True)
+    ]
+
+    def call(n: int) -> None:
+        add_lora_delta_triton(problem.y_TO, problem.x_TI, layers[n], tables, segments, scratch, configuration)
+
+    return call
+
+
+def prepare_cublas_loop(problem: Problem) -> Call:
+    """Two matrix products a segment and slice, one after the other: what PyTorch alone would do."""
+    slots_T, starts, rank = torch.tensor(problem.slots_T), problem.output_starts, problem.rank
+    sorted_slots = sorted(set(problem.slots_T))
+    tokens = [(slots_T == slot).nonzero().flatten().to(problem.x_TI.device) for slot in sorted_slots]
+
+    def call(n: int) -> None:
+        for slot, tokens_T in zip(sorted_slots, tokens, strict=True):
+            h_TR = problem.x_TI[tokens_T] @ problem.a_NSRI[n, slot].T
+            y_TO = problem.y_TO[tokens_T]
+            for i, (start, stop) in enumerate(itertools.pairwise(starts)):
+                h_Tr = h_TR[:, i * rank : (i + 1) * rank]
+                y_TO[:, start:stop].addmm_(h_Tr, problem.b_NSOr[n, slot, start:stop].T, alpha=SCALING)
+            problem.y_TO[tokens_T] = y_TO
+
+    return call
+
+
+def prepare_copy(problem: Problem) -> Call:
+    """A device copy that moves as many bytes as the case must at least: half read, half written."""
+    half = replace(problem.case, rank=problem.rank).floor_bytes() // 2
+    source = torch.empty(problem.num_sets, half, dtype=torch.uint8, device=problem.x_TI.device)
+    target = torch.empty_like(source)
+
+    def call(n: int) -> None:
+        target[n].copy_(source[n])
+
+    return call
+
+
+def prepare_flashinfer(problem: Problem) -> Call:
+    """FlashInfer's segment GEMM: tokens must be sorted, and each slice is a product of its own."""
+    from flashinfer.gemm import SegmentGEMMWrapper
+
+    device, starts, rank = problem.x_TI.device, problem.output_starts, problem.rank
+    order_T = torch.tensor(problem.slots_T).argsort(stable=True).to(device)
+    counts = torch.bincount(torch.tensor(problem.slots_T), minlength=problem.num_slots).to(device)
+    gemm = SegmentGEMMWrapper(torch.empty(2**27, dtype=torch.uint8, device=device))
+
+    def product(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = gemm.run(x, weights, problem.num_slots, weight_column_major=True, seg_lens=counts)
+        return result
+
+    def call(n: int) -> None:
+        h_TR = product(problem.x_TI[order_T], problem.a_NSRI[n])
+        for i, (start, stop) in enumerate(itertools.pairwise(starts)):
+            h_Tr = h_TR[:, i * rank : (i + 1) * rank].contiguous()
+            delta = product(h_Tr, problem.b_NSOr[n, :, start:stop].contiguous())
+            problem.y_TO[order_T, start:stop] += SCALING * delta
+
+    return call
+
+
+def same_factors(device: torch.device) -> Mapping[str, Contender]:
+    """The contenders that can run on the device, on the factors of the case; ours first."""
+    found: dict[str, Contender] = {"bdlora": prepare_ours, "cublas_loop": prepare_cublas_loop, "copy": prepare_copy}
+    if device.type != "cuda":
+        return found
+    if find_spec("flashinfer") is not None:
+        found["flashinfer"] = prepare_flashinfer
+    return {**found, **sglang_contenders()}
+
+
+def sglang_contenders() -> Mapping[str, Contender]:
+    """SGLang's three backends, where SGLang can be imported."""
+    if find_spec("sglang") is None:
+        return {}
+    from bdlora_perf.kernels.sglang_contenders import CONTENDERS
+
+    return CONTENDERS

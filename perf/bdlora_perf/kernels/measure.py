@@ -1,0 +1,181 @@
+"""Measure the LoRA kernels on this GPU, side by side.
+
+Run ``python -m bdlora_perf.kernels.measure --output DIR --minutes 8``; it needs torch, Triton and NumPy. What can be
+imported of SGLang and FlashInfer is measured with it. The cases come in order of weight, and ``DIR/raw.json`` is
+written after each: a run that is out of time has the most telling ones. ``bdlora perf kernels`` makes a report of it.
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import triton  # type: ignore[import-untyped, unused-ignore]
+
+from bdlora_kernels.configurations import device_configurations
+from bdlora_perf.kernels.contenders import Contender, same_factors, sglang_contenders
+from bdlora_perf.kernels.problem import Call, Problem, error_in_units, make_problem
+from bdlora_perf.kernels.shapes import LAYERS, MODELS, Case, all_cases, tiny_cases
+from bdlora_perf.kernels.timing import CapturedCalls, capture, measure_ceilings, time_calls
+
+MIN_CALLS = 20
+# A contender whose error is larger computes something else, and is not timed. Rounding h to 16 bits costs one more.
+MAX_ERROR_UNITS = 4
+# What a contender raises where it cannot run a case: that is reported, and the others go on.
+FAILURES = (RuntimeError, AssertionError, ValueError, TypeError, NotImplementedError, KeyError, triton.TritonError)
+# Batches of a whole decode step: tokens and adapters.
+STEPS = ((64, 64), (16, 16), (1, 1), (256, 64))
+STEP_RANK = 8
+
+Record = dict[str, Any]
+T = TypeVar("T")
+
+
+def measure_case(case: Case, device: torch.device, cache_bytes: int) -> Record:
+    """Every contender at one case: the error against float64, and the times."""
+    problems = {"": make_problem(case, case.rank, device, cache_bytes)}
+    contenders = {name: ("", prepare) for name, prepare in same_factors(device).items()}
+    for suffix, rank in case.matched_ranks().items() if device.type == "cuda" else ():
+        problems[suffix] = make_problem(case, rank, device, cache_bytes)
+        contenders |= {f"{name}_{suffix}": (suffix, prepare) for name, prepare in sglang_contenders().items()}
+    systems: dict[str, Record] = {}
+    captured: dict[str, CapturedCalls] = {}
+    exact = {suffix: problem.exact() for suffix, problem in problems.items()}
+    for name, (suffix, prepare) in contenders.items():
+        problem, record = problems[suffix], systems.setdefault(name, {"rank": problems[suffix].rank})
+        call = attempt(record, partial(prepare, problem))
+        if call is None or not (name == "copy" or _is_right(record, call, problem, exact[suffix])):
+            continue
+        if device.type == "cuda":
+            calls = max(MIN_CALLS, problem.num_sets)
+            found = attempt(record, partial(capture, call, problem.num_sets, calls))
+            captured |= {} if found is None else {name: found}
+    for name, times in time_calls(captured).items():
+        systems[name]["times_us"] = times
+    floor = {"floor_bytes": case.floor_bytes(), "floating_point_operations": case.floating_point_operations()}
+    return {"point": case.point, **floor, "systems": systems}
+
+
+def _is_right(record: Record, call: Call, problem: Problem, exact_TO: torch.Tensor) -> bool:
+    before = problem.y_TO.clone()
+    attempt(record, partial(call, 0))
+    record["error_units"] = error_in_units(problem.y_TO, exact_TO)
+    problem.y_TO.copy_(before)
+    if "failure" not in record and not record["error_units"] <= MAX_ERROR_UNITS:
+        record["failure"] = f"error of {record['error_units']:.1f} roundings, expected at most {MAX_ERROR_UNITS}"
+    return "failure" not in record
+
+
+def measure_step(tokens: int, adapters: int, device: torch.device, cache_bytes: int) -> Record:
+    """All LoRA of one decode step of the largest model at TP 8: every layer has factors of its own."""
+    model = next(iter(MODELS))
+    cases = [Case(model, 8, layer, "decode", tokens, adapters, "uniform", STEP_RANK) for layer in LAYERS]
+    problems = [make_problem(case, case.rank, device, cache_bytes, max_sets=32) for case in cases]
+    layers = MODELS[model][2]
+    systems: dict[str, Record] = {}
+    captured: dict[str, CapturedCalls] = {}
+    for name, prepare in same_factors(device).items():
+        record = systems.setdefault(name, {"rank": STEP_RANK})
+        found = attempt(record, partial(_capture_step, prepare, problems, layers))
+        captured |= {} if found is None else {name: found}
+    for name, times in time_calls(captured).items():
+        systems[name]["times_us"] = times
+    floor = {
+        "floor_bytes": layers * sum(case.floor_bytes() for case in cases),
+        "floating_point_operations": layers * sum(case.floating_point_operations() for case in cases),
+    }
+    return {"point": replace(cases[0], layer="decode step").point, **floor, "systems": systems}
+
+
+def _capture_step(prepare: Contender, problems: list[Problem], layers: int) -> CapturedCalls:
+    calls = [(prepare(problem), problem.num_sets) for problem in problems]
+
+    def layer(n: int) -> None:
+        for call, sets in calls:
+            call(n % sets)
+
+    return replace(capture(layer, layers, layers), num_calls=1)
+
+
+def attempt(record: Record, step: Callable[[], T]) -> T | None:
+    """The result of a step, or None with the reason in the record."""
+    try:
+        return step()
+    except FAILURES as error:
+        record["failure"] = f"{type(error).__name__}: {str(error).strip()[:500]}"
+        return None
+
+
+def describe(device: torch.device) -> Record:
+    """What runs here; no names of hosts or users."""
+    origin = device_configurations(device)
+    described = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
+    if device.type == "cuda":
+        described["gpu"] = torch.cuda.get_device_name(device)
+    return {**described, "configurations": f"{origin.architecture}, {origin.origin}"}
+
+
+def write_raw(raw: Mapping[str, Any], folder: Path) -> None:
+    temporary = folder / f".raw.json.{os.getpid()}"
+    temporary.write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, folder / "raw.json")
+
+
+def measure(folder: Path, minutes: float, interpret: bool = False) -> Record:
+    """Measure until the time is over; ``interpret`` checks tiny cases on the CPU and times nothing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    started, start = datetime.now(timezone.utc).isoformat(timespec="seconds"), time.monotonic()
+    device = torch.device("cpu" if interpret else "cuda")
+    raw: Record = {"started": started, "command": " ".join(sys.argv), "machine": describe(device), "cases": []}
+    cache_bytes = 0 if interpret else torch.cuda.get_device_properties(device).L2_cache_size
+    if not interpret:
+        raw["ceilings"] = measure_ceilings(device)
+    cases = tiny_cases() if interpret else all_cases()
+    steps = [partial(measure_case, case, device, cache_bytes) for case in cases]
+    if not interpret:
+        # After the first case of each layer: their kernels are compiled then.
+        steps[len(LAYERS) : len(LAYERS)] = [partial(measure_step, *batch, device, cache_bytes) for batch in STEPS]
+    for step in steps:
+        if time.monotonic() - start > minutes * 60:
+            break
+        raw["cases"].append(step())
+        raw["seconds"] = time.monotonic() - start
+        write_raw(raw, folder)
+        print_case(raw["cases"][-1])
+    return raw
+
+
+def print_case(record: Record) -> None:
+    """One line: the case, and each system's median time, or its error where it is not timed."""
+    parts = []
+    for name, system in record["systems"].items():
+        times = sorted(system.get("times_us", ()))
+        found = (
+            f"{times[len(times) // 2]:.2f}us"
+            if times
+            else system.get("failure", f"{system.get('error_units', 0):.2f}u")
+        )
+        parts.append(f"{name} {found[:60]}")
+    print(*record["point"].values(), "|", ", ".join(parts), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder for raw.json")
+    parser.add_argument("--minutes", type=float, default=8, help="no case starts later")
+    parser.add_argument("--interpret", action="store_true", help="check tiny cases on the CPU (TRITON_INTERPRET=1)")
+    arguments = parser.parse_args()
+    measure(arguments.output, arguments.minutes, arguments.interpret)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""One case on the GPU: random tokens and factors, more sets of factors than the cache holds, and the exact result."""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from bdlora_kernels.layout import Slice
+from bdlora_perf.kernels.shapes import Case
+
+# Adds the delta of set n into the problem's y.
+Call = Callable[[int], None]
+
+SCALING = 0.5
+_MAX_SETS = 128
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Tensors of a case at one rank.
+
+    Shape suffixes: N sets, S slots, R ranks of all slices together, I inputs, O outputs, r rank of a slice, T tokens.
+    A decode step reads the factors of each layer once, so no factor is in the cache: set after set is used in turn.
+    """
+
+    case: Case
+    rank: int
+    slots_T: list[int]
+    x_TI: torch.Tensor
+    y_TO: torch.Tensor
+    a_NSRI: torch.Tensor
+    b_NSOr: torch.Tensor
+
+    @property
+    def num_sets(self) -> int:
+        return len(self.a_NSRI)
+
+    @property
+    def num_slots(self) -> int:
+        return self.case.adapters
+
+    @property
+    def output_starts(self) -> list[int]:
+        """Where the slices' outputs start, and where the last one's stop."""
+        starts = [0]
+        for size in self.case.shape().outputs:
+            starts.append(starts[-1] + size)
+        return starts
+
+    def slices(self) -> tuple[Slice, ...]:
+        """What a slot holds, in the kernels' own terms: the same bytes as ``a_NSRI[n, s]`` and ``b_NSOr[n, s]``."""
+        inputs, rank = self.case.shape().inputs, self.rank
+        return tuple(
+            Slice(0, inputs, start, size, rank, i * rank * inputs, start * rank, SCALING)
+            for i, (start, size) in enumerate(zip(self.output_starts, self.case.shape().outputs, strict=False))
+        )
+
+    def exact(self) -> torch.Tensor:
+        """The result for the first set in float64."""
+        expected = self.y_TO.double()
+        slots_T = torch.tensor(self.slots_T)
+        starts = self.output_starts
+        for slot in sorted(set(self.slots_T)):
+            tokens = (slots_T == slot).nonzero().flatten().to(expected.device)
+            h_TR = self.x_TI[tokens].double() @ self.a_NSRI[0, slot].double().T
+            for i, (start, stop) in enumerate(itertools.pairwise(starts)):
+                h_Tr = h_TR[:, i * self.rank : (i + 1) * self.rank]
+                expected[tokens, start:stop] += SCALING * h_Tr @ self.b_NSOr[0, slot, start:stop].double().T
+        return expected
+
+
+def make_problem(case: Case, rank: int, device: torch.device, cache_bytes: int, max_sets: int = _MAX_SETS) -> Problem:
+    """Random tensors; as many sets of factors as fill the cache twice."""
+    shape, dtype = case.shape(), getattr(torch, case.dtype)
+    generator = torch.Generator(device).manual_seed(0)
+    ranks = rank * len(shape.outputs)
+    slots_T = case.slots()
+    used_bytes = len(set(slots_T)) * (ranks * shape.inputs + rank * shape.total_outputs) * dtype.itemsize
+    sets = max(2, min(max_sets, -(-2 * cache_bytes // used_bytes)))
+
+    def random(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator, device=device, dtype=dtype)
+
+    return Problem(
+        case=case,
+        rank=rank,
+        slots_T=slots_T,
+        x_TI=random(case.tokens, shape.inputs),
+        y_TO=random(case.tokens, shape.total_outputs),
+        a_NSRI=random(sets, case.adapters, ranks, shape.inputs).mul_(shape.inputs**-0.5),
+        b_NSOr=random(sets, case.adapters, shape.total_outputs, rank).mul_(rank**-0.5),
+    )
+
+
+def error_in_units(result_TO: torch.Tensor, exact_TO: torch.Tensor) -> float:
+    """Relative RMS error, in units of one rounding of the result's type; NaN for a NaN anywhere."""
+    relative = (result_TO.double() - exact_TO).square().mean().sqrt() / exact_TO.square().mean().sqrt()
+    return float(relative) / (torch.finfo(result_TO.dtype).eps / 2)

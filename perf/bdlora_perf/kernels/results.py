@@ -1,0 +1,115 @@
+"""The report of a measurement: `raw.json` as `bdlora_perf.report` shows it."""
+
+import json
+import statistics
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from bdlora_perf.report.machine import describe_machine
+from bdlora_perf.report.schema import Failure, Metric, Report, Sample, System
+from bdlora_sglang.errors import BDLoRAError
+
+METRICS = {
+    "time_us": Metric(label="Time of a layer's LoRA", unit="us", better="lower"),
+    "gb_per_s": Metric(label="Bandwidth", unit="GB/s", better="higher"),
+    "tflop_per_s": Metric(label="Arithmetic", unit="TFLOP/s", better="higher"),
+    "share_of_ceiling": Metric(label="Share of a large copy's bandwidth", unit="", better="higher"),
+}
+LABELS = {
+    "bdlora": "BD-LoRA's kernels",
+    "csgmv": "SGLang csgmv",
+    "triton": "SGLang triton",
+    "triton_v2": "SGLang triton_v2",
+    "flashinfer": "FlashInfer segment GEMM",
+    "cublas_loop": "cuBLAS loop",
+    "copy": "device copy of as many bytes",
+}
+MATCHED = {"r2": "plain LoRA, half the BD rank", "r4": "plain LoRA, a quarter of the BD rank"}
+BASELINES = ("csgmv", "triton", "triton_v2")
+
+
+def load_raw(folder: Path) -> dict[str, Any]:
+    """Read ``raw.json``; raises `BDLoRAError` where there is none."""
+    path = folder / "raw.json"
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise BDLoRAError(f"{path}: found {error}, expected the raw figures of a measurement") from error
+    return found
+
+
+def make_report(raw: Mapping[str, Any]) -> Report:
+    """The report of the raw figures of `bdlora_perf.kernels.measure`."""
+    names = list(dict.fromkeys(name for case in raw["cases"] for name in case["systems"]))
+    return Report(
+        kind="kernels",
+        title="LoRA kernels on one GPU",
+        command=raw["command"],
+        started=raw["started"],
+        seconds=raw["seconds"],
+        seed=0,
+        machine=describe_machine(),
+        settings={**raw["machine"], **raw.get("ceilings", {})},
+        systems={name: System(label=_label(name)) for name in names},
+        metrics=METRICS,
+        baselines=tuple(name for name in BASELINES if name in names),
+        samples=tuple(sample for case in raw["cases"] for sample in _samples(case, raw.get("ceilings", {}))),
+        failures=tuple(
+            Failure(system=name, point=case["point"], message=system["failure"])
+            for case in raw["cases"]
+            for name, system in case["systems"].items()
+            if "failure" in system
+        ),
+        notes=tuple(_notes(raw)),
+    )
+
+
+def _label(name: str) -> str:
+    contender, _, suffix = name.rpartition("_")
+    return f"{LABELS[contender]}, {MATCHED[suffix]}" if suffix in MATCHED else LABELS[name]
+
+
+def _samples(case: Mapping[str, Any], ceilings: Mapping[str, float]) -> Iterator[Sample]:
+    """Bandwidth and arithmetic count what the case needs at least, whatever the contender moves."""
+    for name, system in case["systems"].items():
+        for number, time_us in enumerate(system.get("times_us", ())):
+            gb_per_s = case["floor_bytes"] / time_us / 1e3
+            metrics = {
+                "time_us": time_us,
+                "gb_per_s": gb_per_s,
+                "tflop_per_s": case["floating_point_operations"] / time_us / 1e6,
+                "share_of_ceiling": gb_per_s / ceilings["copy_gb_per_s"],
+            }
+            yield Sample(system=name, point=case["point"], round=number, metrics=metrics)
+
+
+def _notes(raw: Mapping[str, Any]) -> Iterator[str]:
+    """What holds over all cases: speed-ups over the best of SGLang's, as geometric means."""
+    for phase in ("decode", "prefill"):
+        for suffix in ("", *MATCHED):
+            ratios = [ratio for case in raw["cases"] if (ratio := _speed_up(case, phase, suffix)) is not None]
+            if ratios:
+                against = f"serving {MATCHED[suffix]}" if suffix else "on the same factors"
+                yield (
+                    f"{phase}: {statistics.geometric_mean(ratios):.2f} times as fast as the best of SGLang's {against} "
+                    f"(geometric mean of {len(ratios)} cases, {min(ratios):.2f} to {max(ratios):.2f})."
+                )
+    if not any(system.get("times_us") for case in raw["cases"] for system in case["systems"].values()):
+        errors = [
+            system["error_units"]
+            for case in raw["cases"]
+            for system in case["systems"].values()
+            if "error_units" in system
+        ]
+        yield f"Nothing was timed. Largest error: {max(errors):.2f} roundings of the type."
+
+
+def _speed_up(case: Mapping[str, Any], phase: str, suffix: str) -> float | None:
+    systems = case["systems"]
+    names = [f"{name}_{suffix}" if suffix else name for name in BASELINES]
+    times = [statistics.median(systems[name]["times_us"]) for name in names if systems.get(name, {}).get("times_us")]
+    ours = systems["bdlora"].get("times_us")
+    if case["point"]["phase"] != phase or not times or not ours:
+        return None
+    return float(min(times) / statistics.median(ours))

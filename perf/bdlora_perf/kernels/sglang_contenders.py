@@ -1,0 +1,103 @@
+"""SGLang's own LoRA kernels, called as its backends ``csgmv``, ``triton`` and ``triton_v2`` call them."""
+
+import torch
+from sglang.kernels.ops.lora.dense.chunked_sgmv_expand import chunked_sgmv_lora_expand_forward
+from sglang.kernels.ops.lora.dense.chunked_sgmv_shrink import chunked_sgmv_lora_shrink_forward
+from sglang.kernels.ops.lora.dense.gate_up_lora_b import gate_up_lora_b_fwd
+from sglang.kernels.ops.lora.dense.qkv_lora_b import qkv_lora_b_fwd
+from sglang.kernels.ops.lora.dense.sgemm_lora_a import sgemm_lora_a_fwd
+from sglang.kernels.ops.lora.dense.sgemm_lora_b import sgemm_lora_b_fwd
+from sglang.srt.lora.dense.plan import DenseLoraKind
+from sglang.srt.lora.dense.runner import DenseLoraRunner
+from sglang.srt.lora.utils import LoRABatchInfo, Phase
+from sglang.srt.lora.workspace import LoraWorkspace
+
+from bdlora_perf.kernels.problem import SCALING, Call, Problem
+
+# --max-lora-chunk-size of SGLang 0.5.23.
+_CHUNK_SIZE = 16
+
+
+def _batch_info(problem: Problem, max_length: int | None) -> LoRABatchInfo:
+    """Tokens sorted by slot; with a ``max_length``, in segments of at most so many tokens, else one segment a slot."""
+    device = problem.x_TI.device
+    slots_T = torch.tensor(problem.slots_T)
+    counts = torch.bincount(slots_T, minlength=problem.num_slots).tolist()
+    segments = [
+        (slot, min(max_length or count, count - start))
+        for slot, count in enumerate(counts)
+        for start in range(0, count, max_length or count or 1)
+    ]
+    lengths = [length for _, length in segments]
+
+    def ints(values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=device)
+
+    return LoRABatchInfo(
+        use_cuda_graph=False,
+        bs=len(segments),
+        num_segments=len(segments),
+        seg_indptr=ints([0, *torch.tensor(lengths).cumsum(0).tolist()]),
+        weight_indices=ints([slot for slot, _ in segments]),
+        lora_ranks=ints([problem.rank] * problem.num_slots),
+        scalings=torch.full((problem.num_slots,), SCALING, device=device),
+        max_len=max_length or max(lengths),
+        seg_lens=ints(lengths),
+        permutation=ints(slots_T.argsort(stable=True).tolist()),
+    )
+
+
+def prepare_csgmv(problem: Problem) -> Call:
+    info = _batch_info(problem, _CHUNK_SIZE)
+    outputs = problem.case.shape().outputs
+    offsets_cpu = torch.tensor(problem.output_starts, dtype=torch.int32)
+    offsets = offsets_cpu.to(problem.x_TI.device)
+
+    def call(n: int) -> None:
+        h = chunked_sgmv_lora_shrink_forward(problem.x_TI, problem.a_NSRI[n], info, len(outputs))
+        chunked_sgmv_lora_expand_forward(
+            h, problem.b_NSOr[n], info, offsets, max(outputs), problem.y_TO, slice_offsets_cpu=offsets_cpu
+        )
+
+    return call
+
+
+def prepare_triton(problem: Problem) -> Call:
+    info = _batch_info(problem, None)
+    outputs = problem.case.shape().outputs
+    offsets = torch.tensor(problem.output_starts, dtype=torch.int32, device=problem.x_TI.device)
+
+    def call(n: int) -> None:
+        h = sgemm_lora_a_fwd(problem.x_TI, problem.a_NSRI[n], info, stack_num=len(outputs))
+        if len(outputs) == 3:
+            qkv_lora_b_fwd(h, problem.b_NSOr[n], info, offsets, max(outputs), problem.y_TO)
+        elif len(outputs) == 2:
+            gate_up_lora_b_fwd(h, problem.b_NSOr[n], info, outputs[0], problem.y_TO)
+        else:
+            sgemm_lora_b_fwd(h, problem.b_NSOr[n], info, problem.y_TO)
+
+    return call
+
+
+def prepare_triton_v2(problem: Problem) -> Call:
+    device, outputs = problem.x_TI.device, problem.case.shape().outputs
+    offsets, tokens = tuple(problem.output_starts), len(problem.slots_T)
+    runner = DenseLoraRunner(LoraWorkspace(), max_loras=problem.num_slots, device=device)
+    runner.begin_batch(
+        token_slots=torch.tensor(problem.slots_T, dtype=torch.int32, device=device),
+        lora_ranks=torch.full((problem.num_slots,), problem.rank, dtype=torch.int32, device=device),
+        scalings=torch.full((problem.num_slots,), SCALING, device=device),
+        num_tokens=tokens,
+        phase=Phase.DECODE if problem.case.phase == "decode" else Phase.PREFILL,
+        graph_mode=True,
+    )
+    plan = runner.plan_for(DenseLoraKind.LINEAR, problem.rank, problem.x_TI.shape[1], offsets[-1], num_tokens=tokens)
+
+    def call(n: int) -> None:
+        bridge = runner.run_a(problem.x_TI, problem.a_NSRI[n], stack=len(outputs), plan=plan)
+        runner.run_b(bridge, problem.b_NSOr[n], problem.y_TO, offsets=offsets, plan=plan)
+
+    return call
+
+
+CONTENDERS = {"csgmv": prepare_csgmv, "triton": prepare_triton, "triton_v2": prepare_triton_v2}

@@ -1,0 +1,126 @@
+"""Find launch configurations for this GPU, and write its configuration file.
+
+Run ``python -m bdlora_perf.kernels.tune --output sm_90.json --minutes 3``; it needs torch and Triton. Each shape
+starts from the configuration that it has, and one field after the other takes the value that is fastest. Shapes come in
+order of weight; those that the time does not suffice for keep what they have. Put the file into
+``bdlora_kernels/launch_configurations`` and run the compile test, which refuses register spills.
+"""
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton  # type: ignore[import-untyped, unused-ignore]
+
+from bdlora_kernels.configurations import (
+    Configuration,
+    Configurations,
+    Shape,
+    device_configurations,
+    format_configurations,
+)
+from bdlora_perf.kernels.contenders import prepare_ours
+from bdlora_perf.kernels.measure import FAILURES, MAX_ERROR_UNITS, MIN_CALLS
+from bdlora_perf.kernels.problem import Problem, error_in_units, make_problem
+from bdlora_perf.kernels.shapes import LAYERS, MODELS, Case
+from bdlora_perf.kernels.timing import capture, time_calls
+
+# In this order: the first fields matter most.
+OPTIONS: dict[str, tuple[Any, ...]] = {
+    "fused": (True, False),
+    "splits": (1, 2, 4, 8, 16, 32),
+    "block_o": (64, 128, 256),
+    "block_k": (64, 128, 256),
+    "shrink_warps": (2, 4, 8),
+    "expand_warps": (2, 4, 8),
+    "shrink_stages": (2, 3, 4, 5),
+    "pdl": (True, False),
+    "max_registers": (128, 168, 255),
+}
+_ROUNDS = 5
+# A change must win by more than two runs of one configuration differ.
+_MARGIN = 0.98
+
+
+def tuned_cases() -> Iterator[tuple[Case, int]]:
+    """Cases, with the ranks of a block of the shrink that they stand for."""
+    model = next(iter(MODELS))
+    batches = (("decode", 16, 16), ("decode", 256, 64), ("decode", 64, 64), ("prefill", 8192, 16), ("prefill", 1024, 4))
+    for block_rank in (32, 16, 64):
+        for phase, tokens, adapters in batches:
+            for layer in LAYERS:
+                slices = {"qkv": 3, "gate_up": 2}.get(layer, 1)
+                rank = block_rank // (4 if slices == 3 else slices)
+                yield Case(model, 8, layer, phase, tokens, adapters, "uniform", rank), block_rank  # type: ignore[arg-type]
+
+
+def seconds_of(problem: Problem, exact_TO: torch.Tensor, configuration: Configuration) -> float:
+    """Median time of a call; infinite where the configuration does not run here or its result is wrong."""
+    before = problem.y_TO.clone()
+    try:
+        call = prepare_ours(problem, configuration)
+        call(0)
+        right = error_in_units(problem.y_TO, exact_TO) <= MAX_ERROR_UNITS
+        problem.y_TO.copy_(before)
+        if not right:
+            return float("inf")
+        captured = capture(call, problem.num_sets, max(MIN_CALLS, problem.num_sets))
+    except FAILURES:
+        return float("inf")
+    return statistics.median(time_calls({"": captured}, _ROUNDS)[""]) * 1e-6
+
+
+def tune(problem: Problem, configuration: Configuration, deadline: float) -> tuple[Configuration, float, float]:
+    """The best configuration that was found, and the seconds of a call before and after."""
+    exact_TO = problem.exact()
+    before = best = seconds_of(problem, exact_TO, configuration)
+    for field, values in OPTIONS.items():
+        if configuration.fused and field in ("expand_warps", "pdl"):
+            continue
+        for value in values:
+            if value == getattr(configuration, field) or time.monotonic() > deadline:
+                continue
+            candidate = replace(configuration, **{field: value})
+            found = seconds_of(problem, exact_TO, candidate)
+            if found < _MARGIN * best:
+                configuration, best = candidate, found
+    return configuration, before, best
+
+
+def tune_device(minutes: float) -> Configurations:
+    """The configurations of this GPU, with those that were tuned in place of what was known."""
+    device, deadline = torch.device("cuda"), time.monotonic() + 60 * minutes
+    known = device_configurations(device)
+    cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+    by_shape = dict(known.by_shape)
+    for case, block_rank in tuned_cases():
+        if time.monotonic() > deadline:
+            break
+        layer, block_tokens = case.shape(), known.block_tokens(case.tokens)
+        shape = Shape(case.tokens, layer.inputs, layer.total_outputs, block_tokens, block_rank)
+        problem = make_problem(case, case.rank, device, cache_bytes, max_sets=32)
+        by_shape[shape], before, after = tune(problem, known.nearest(shape), deadline)
+        print(f"{shape}: {before * 1e6:.2f} us, {after * 1e6:.2f} us with {by_shape[shape]}", flush=True)
+    origin = f"tuned on {torch.cuda.get_device_name(device)}, torch {torch.__version__}, Triton {triton.__version__}"
+    return replace(known, origin=origin, by_shape=by_shape)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="the configuration file to write")
+    parser.add_argument("--minutes", type=float, default=3, help="nothing new is tried later")
+    arguments = parser.parse_args()
+    text = format_configurations(tune_device(arguments.minutes))
+    temporary = arguments.output.with_name(f".{arguments.output.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, arguments.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""What can be said before anything is measured, and what a server that does not start says."""
+
+import json
+import socket
+from pathlib import Path
+
+import psutil
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from bdlora_cli.perf_serve import serve
+from bdlora_perf.serve.adapters import matched_adapter, synthetic_model
+from bdlora_perf.serve.benchmark import ServeOptions, run_benchmark
+from bdlora_perf.serve.systems import SYSTEMS
+from bdlora_perf.serve.workload import Sweep
+from bdlora_sglang.errors import BDLoRAError
+from tests.perf.serve.test_adapters import largest_file
+
+app = typer.Typer()
+app.command()(serve)
+
+
+class Silent:
+    """A watcher that nobody looks at."""
+
+    def doing(self, what: str) -> None:
+        pass
+
+    def turn_is_over(self) -> None:
+        pass
+
+
+def refusal(*arguments: object) -> str:
+    """The message; other tests may have left helpers of Python's multiprocessing, the command leaves no process."""
+    before = psutil.Process().children(recursive=True)
+    result = CliRunner().invoke(app, list(map(str, arguments)))
+    assert isinstance(result.exception, BDLoRAError), result.output
+    assert set(psutil.Process().children(recursive=True)) <= set(before)
+    return str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "no/such/model"], "--model no/such/model: found no such folder"),
+        (["--preset", "slow"], "--preset: found 'slow', expected one of default, quick, paper, s-lora"),
+        (["--distribution", "even"], "--distribution: found 'even', expected one of identical, uniform"),
+        (["--url", "10.0.0.1:80"], "--url: found '10.0.0.1:80', expected NAME=http://HOST:PORT"),
+        (["--systems", "base,sglang-csgmv"], "--systems: found 'sglang-csgmv', which needs a GPU"),
+    ],
+    ids=["model", "preset", "distribution", "url", "gpu"],
+)
+def test_wrong_options(arguments: list[str], message: str, tmp_path: Path) -> None:
+    assert message in refusal(*arguments, "--output", tmp_path / "report", "--work", tmp_path / "work")
+
+
+def test_server_that_is_down(tmp_path: Path) -> None:
+    with socket.socket() as bound_and_deaf:
+        bound_and_deaf.bind(("127.0.0.1", 0))
+        url = f"x=http://127.0.0.1:{bound_and_deaf.getsockname()[1]}"
+        found = refusal("--url", url, "--output", tmp_path / "report", "--work", tmp_path / "work")
+    assert found == f"--url {url}: found no server there (ConnectionError), expected a running one"
+
+
+def test_output_that_cannot_be_written(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    assert refusal("--output", file).startswith(f"--output {file}: found File exists, expected a folder")
+    with largest_file(100_000):
+        assert "found File too large, expected a folder that can be written" in refusal("--output", tmp_path / "report")
+    (tmp_path / "report" / "report.json").touch()
+    assert "found a report there, expected another folder, or --force" in refusal("--output", tmp_path / "report")
+
+
+def test_adapter_that_fails_to_load(tmp_path: Path) -> None:
+    model = synthetic_model(tmp_path, 512, 1, seed=0)
+    system = SYSTEMS["bd-2r"]
+    shape = system.adapter(4, 1)
+    assert shape is not None
+    config = matched_adapter(tmp_path, str(model), shape, seed=0).folder / "adapter_config.json"
+    fields = json.loads(config.read_text())
+    fields["use_bdlora"]["nblocks"] = 2
+    config.write_text(json.dumps(fields))
+    workloads = Sweep(concurrency=(1,), adapters=(2,), rank=(4,)).workloads()
+    options = ServeOptions(str(model), 1, [system], {}, workloads, 2, (), True, (), 0, tmp_path, "")
+    # Which tensor contradicts which field stands in the end of the server's log.
+    with pytest.raises(
+        BDLoRAError, match=r"(?s)bd-2r: the server ended with exit code 1.*lora_B.weight.*expected.*2 blocks"
+    ):
+        run_benchmark(options, Silent())
+    left = [p for p in psutil.Process().children(recursive=True) if "bdlora_cli" in " ".join(p.cmdline())]
+    assert left == []
