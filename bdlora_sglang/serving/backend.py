@@ -1,4 +1,4 @@
-"""The LoRA backend: which tokens belong to which slot, and the one call that adds a layer's delta."""
+"""The LoRA backend: which tokens belong to which slot, and the one call that computes a layer with its delta."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -66,9 +66,10 @@ class BDLoRABackend(BaseLoRABackend):
         **_options: object,
     ) -> torch.Tensor:
         """Base output plus delta, reduced once where the layer reduces (SGLang: ``BaseLoRABackend``)."""
-        output = base_fn()
         assert self.batch_info is not None, "the layers ask `lora_active` first"
-        self.sharding.add_delta(layer.base_layer, output, x, layer.factors, self.kernels, self.batch_info.segments)
+        output = self.sharding.forward_with_base(
+            layer.base_layer, base_fn, x, layer.factors, self.kernels, self.batch_info.segments
+        )
         return output if all_reduce is None else all_reduce(output)
 
     def init_decode_cuda_graph_batch_info(self, max_bs_in_cuda_graph: int, num_tokens_per_req: int) -> None:

@@ -1,6 +1,6 @@
 """BD-LoRA's own sharding: each rank holds the blocks that meet its shard, and no rank waits for another."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,23 +38,27 @@ class CommunicationFree:
 
     def slot_size(self, layer: ColumnParallelLinear | RowParallelLinear, rank: int) -> SlotSize:
         if isinstance(layer, RowParallelLinear):
-            modules, groups = 1, rank
-            a, b = rank * layer.input_size_per_partition, rank * layer.output_size
+            modules, groups, inputs = 1, rank, layer.input_size_per_partition
         else:
-            modules, groups = len(layer.output_partition_sizes), 1
-            a, b = modules * rank * layer.input_size, rank * sum(layer.output_partition_sizes)
+            modules, groups, inputs = len(layer.output_partition_sizes), 1, layer.input_size
+        a, b = modules * rank * inputs, rank * _outputs(layer)
         # There are at most `rank` slices of each module, and every one may start on an aligned element.
         slices = modules * rank
         padding = align(1) * slices
         return SlotSize(align(a) + padding, align(b) + padding, slices, groups, rank, slices)
 
-    def add_delta(
+    def forward_with_base(
         self,
         layer: ColumnParallelLinear | RowParallelLinear,
-        y_TO: torch.Tensor,
+        base: Callable[[], torch.Tensor],
         x_TI: torch.Tensor,
         factors: LayerFactors,
         kernels: Kernels,
         segments: Any,
-    ) -> None:
-        kernels.add_delta(y_TO, x_TI, factors, segments)
+    ) -> torch.Tensor:
+        return kernels.forward_with_base(base, _outputs(layer), x_TI, factors, segments)
+
+
+def _outputs(layer: ColumnParallelLinear | RowParallelLinear) -> int:
+    """Output features on this rank."""
+    return int(layer.output_size if isinstance(layer, RowParallelLinear) else sum(layer.output_partition_sizes))

@@ -4,7 +4,7 @@ Column-parallel layers gather the shrink output, row-parallel layers reduce it (
 served, a block-diagonal one in its dense form. The paper's baseline; `CommunicationFree` is what it is compared with.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -57,19 +57,20 @@ class FullySharded:
         b = sum(align(tp_size * chunk * size) for size in sizes)
         return SlotSize(align(modules * chunk * layer.input_size), b, modules, 1, chunk, modules * chunk)
 
-    def add_delta(
+    def forward_with_base(
         self,
         layer: ColumnParallelLinear | RowParallelLinear,
-        y_TO: torch.Tensor,
+        base: Callable[[], torch.Tensor],
         x_TI: torch.Tensor,
         factors: LayerFactors,
         kernels: Kernels,
         segments: Any,
-    ) -> None:
+    ) -> torch.Tensor:
+        y_TO = base()
         # Of the same shape on all ranks, so all of them leave here or none.
         h_TW = shrink(x_TI, factors, segments)
         if h_TW.numel() == 0:
-            return
+            return y_TO
         group = _group(layer)
         if group is None:
             h_NTW = h_TW[None]
@@ -78,6 +79,7 @@ class FullySharded:
         else:
             h_NTW = group.all_gather(h_TW, dim=0).unflatten(0, (group.world_size, len(h_TW)))
         expand(y_TO, h_NTW, factors, segments)
+        return y_TO
 
 
 def _group(layer: ColumnParallelLinear | RowParallelLinear) -> GroupCoordinator | None:

@@ -1,7 +1,7 @@
 """The kernels of a device: how a slot's factors and a batch's tokens are laid out for them, and the call."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ from bdlora_sglang.serving.sharding import SlotSize
 
 
 class Kernels(Protocol):
-    """What the pool and the backend ask of a device. ``segments`` are what `add_delta` of the same kernels takes."""
+    """What the pool and the backend ask of a device. ``segments`` are what `forward_with_base` of the same takes."""
 
     def allocate(self, num_slots: int, size: SlotSize, dtype: torch.dtype) -> LayerFactors:
         """The slots of one layer."""
@@ -27,8 +27,11 @@ class Kernels(Protocol):
     def segments(self, slots: Sequence[int], lengths: Sequence[int], graph: str | None) -> Any:
         """A batch's tokens by slot: those of each request, in order; ``graph`` is "decode", "prefill" or None."""
 
-    def add_delta(self, y_TO: torch.Tensor, x_TI: torch.Tensor, factors: LayerFactors, segments: Any) -> None:
-        """``y[t, outputs] += scaling * (x[t, inputs] @ A.T) @ B.T`` for the slices of each token's slot, in place."""
+    def forward_with_base(
+        self, base: Callable[[], torch.Tensor], outputs: int, x_TI: torch.Tensor, factors: LayerFactors, segments: Any
+    ) -> torch.Tensor:
+        """``base()``, the layer's output of ``(T, outputs)``, with the delta of each token's slot added in place:
+        ``y[t, outputs] += scaling * (x[t, inputs] @ A.T) @ B.T`` for every slice."""
 
 
 def choose_kernels(device: torch.device, num_slots: int, needs_torch: bool) -> Kernels:
@@ -62,8 +65,12 @@ class TorchKernels:
     def segments(self, slots: Sequence[int], lengths: Sequence[int], graph: str | None) -> Any:
         return group_tokens(slots, lengths, self._device)
 
-    def add_delta(self, y_TO: torch.Tensor, x_TI: torch.Tensor, factors: LayerFactors, segments: Any) -> None:
+    def forward_with_base(
+        self, base: Callable[[], torch.Tensor], outputs: int, x_TI: torch.Tensor, factors: LayerFactors, segments: Any
+    ) -> torch.Tensor:
+        y_TO = base()
         add_lora_delta(y_TO, x_TI, factors, segments)
+        return y_TO
 
 
 class TritonKernels:
@@ -71,9 +78,11 @@ class TritonKernels:
 
     def __init__(self, device: torch.device, num_slots: int) -> None:
         from bdlora_kernels.configurations import device_configurations
+        from bdlora_kernels.launch import make_second_stream
 
         self._device, self._num_slots = device, num_slots
         self._configurations = device_configurations(device)
+        self._second_stream = make_second_stream(device)
         self._h_size = 1
         self._reserved: dict[str, _DeviceBatch] = {}
 
@@ -116,11 +125,16 @@ class TritonKernels:
         splits = self._configurations.max_splits(block_tokens)
         return _DeviceBatch(table, Scratch.allocate(max_tokens, self._h_size, splits, self._device))
 
-    def add_delta(self, y_TO: torch.Tensor, x_TI: torch.Tensor, factors: LayerFactors, segments: Any) -> None:
-        from bdlora_kernels.launch import add_lora_delta_triton
+    def forward_with_base(
+        self, base: Callable[[], torch.Tensor], outputs: int, x_TI: torch.Tensor, factors: LayerFactors, segments: Any
+    ) -> torch.Tensor:
+        from bdlora_kernels.launch import forward_with_base
 
         assert isinstance(factors, DeviceFactors) and isinstance(segments, _DeviceBatch)
-        add_lora_delta_triton(y_TO, x_TI, factors, factors.tables, segments.table, segments.scratch)
+        batch = segments.table, segments.scratch
+        return forward_with_base(
+            base, outputs, x_TI, factors, factors.tables, *batch, second_stream=self._second_stream
+        )
 
 
 @dataclass

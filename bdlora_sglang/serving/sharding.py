@@ -1,6 +1,6 @@
 """How an adapter is spread over the ranks: what a slot holds of it and how its delta is computed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Protocol
@@ -84,16 +84,16 @@ class Sharding(Protocol):
     def slot_size(self, layer: ColumnParallelLinear | RowParallelLinear, rank: int) -> SlotSize:
         """A slot that fits any adapter of at most ``rank``: the local rank, or the whole one (`flag_that_fits`)."""
 
-    def add_delta(
+    def forward_with_base(
         self,
         layer: ColumnParallelLinear | RowParallelLinear,
-        y_TO: torch.Tensor,
+        base: Callable[[], torch.Tensor],
         x_TI: torch.Tensor,
         factors: LayerFactors,
         kernels: "Kernels",
         segments: Any,
-    ) -> None:
-        """Add LoRA's part to the layer's output on this rank, before the layer's own all-reduce, in place.
+    ) -> torch.Tensor:
+        """``base()``, the layer's output on this rank before its own all-reduce, with LoRA's part added.
 
         ``segments`` are those that ``kernels`` made of the batch.
         """

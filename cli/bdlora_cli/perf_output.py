@@ -54,8 +54,9 @@ def print_report(console: Console, report: "Report", paths: list[Path]) -> None:
     from bdlora_perf.report.tables import median_tables, speed_up_tables
 
     results = Results(report)
-    first = report.metrics[(results.headlines or results.metrics)[0]].label
-    for content in [table for table in speed_up_tables(results) if first in table.title] or median_tables(results)[:1]:
+    first = [report.metrics[name].label for name in (results.headlines or results.metrics)[:1]]
+    speed_ups = [table for table in speed_up_tables(results) if any(label in table.title for label in first)]
+    for content in speed_ups or median_tables(results)[:1]:
         table = Table(title=content.title, caption=content.caption)
         for i, column in enumerate(content.columns):
             table.add_column(column, justify="left" if i < content.texts else "right")

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.abc import Traversable
 from importlib.resources import files
@@ -22,11 +22,16 @@ class Configuration:
     ``fused``: shrink and expand in one launch; else two, and with ``pdl`` (programmatic dependent launch, from sm_90
     on) the second is set up while the first runs. ``splits``: parts of the inputs that different programs sum up.
     A fused launch takes warps and stages of the shrink. ``max_registers`` of a thread: without a limit, the assembler
-    sets one itself for the sake of occupancy, and spills a few bytes for it.
+    sets one itself for the sake of occupancy, and spills a few bytes for it. ``overlap``: the shrink runs on a second
+    stream beside the base layer's own product, which in decode is bound by memory and leaves multiprocessors idle.
+
+    Raises:
+        ValueError: ``overlap`` with ``fused`` or ``pdl``, which need shrink and expand one right after the other.
     """
 
     fused: bool
     pdl: bool
+    overlap: bool
     splits: int
     block_k: int
     shrink_warps: int
@@ -34,6 +39,14 @@ class Configuration:
     block_o: int
     expand_warps: int
     max_registers: int
+
+    def __post_init__(self) -> None:
+        if self.overlap and (self.fused or self.pdl):
+            raise ValueError(f"found overlap with fused={self.fused}, pdl={self.pdl}, expected neither of the two")
+
+    def overlapping(self) -> "Configuration":
+        """The same, with the shrink beside the base layer."""
+        return replace(self, fused=False, pdl=False, overlap=True)
 
 
 @dataclass(frozen=True)

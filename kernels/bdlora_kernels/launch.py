@@ -4,6 +4,7 @@ Shape suffixes: T tokens, I inputs, O outputs, S slots, E elements of a slot, P 
 output. Importing this module imports Triton.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -58,14 +59,62 @@ def add_lora_delta_triton(
     if tokens == 0:
         return
     if configuration is None:
-        shape = Shape(tokens, x_TI.shape[1], y_TO.shape[1], segments.block_tokens, tables.shrink.block_rank)
-        configuration = choose_configuration(x_TI.device, shape)
+        configuration = configuration_for(x_TI, y_TO.shape[1], tables, segments)
     h_PTR = scratch.h_PTR(configuration.splits, tokens, tables.h_size)
     if configuration.fused:
         _shrink_and_expand(y_TO, x_TI, h_PTR, factors, tables, segments, scratch.counters_G, configuration)
     else:
         shrink(h_PTR, x_TI, factors.a_SE, tables.shrink, segments, configuration)
         expand(y_TO, h_PTR, factors.b_SE, tables.expand, segments, configuration)
+
+
+def forward_with_base(
+    base: Callable[[], torch.Tensor],
+    outputs: int,
+    x_TI: torch.Tensor,
+    factors: LayerFactors,
+    tables: SliceTables,
+    segments: SegmentTable,
+    scratch: Scratch,
+    configuration: Configuration | None = None,
+    second_stream: torch.cuda.Stream | None = None,
+) -> torch.Tensor:
+    """``base()``, a base layer's output of ``(T, outputs)``, with what `add_lora_delta_triton` adds.
+
+    With ``configuration.overlap`` the shrink runs on ``second_stream`` while ``base`` runs, and a captured graph has
+    both branches. Without a second stream, as on a CPU, they run one after the other.
+    """
+    tokens = x_TI.shape[0]
+    if tokens == 0:
+        return base()
+    if configuration is None:
+        configuration = configuration_for(x_TI, outputs, tables, segments)
+    if not configuration.overlap:
+        y_TO = base()
+        add_lora_delta_triton(y_TO, x_TI, factors, tables, segments, scratch, configuration)
+        return y_TO
+    h_PTR = scratch.h_PTR(configuration.splits, tokens, tables.h_size)
+    if second_stream is not None:
+        # x is there, and the last layer has read its h.
+        second_stream.wait_stream(torch.cuda.current_stream(x_TI.device))
+    with torch.cuda.stream(second_stream):
+        shrink(h_PTR, x_TI, factors.a_SE, tables.shrink, segments, configuration)
+    y_TO = base()
+    if second_stream is not None:
+        torch.cuda.current_stream(x_TI.device).wait_stream(second_stream)
+    expand(y_TO, h_PTR, factors.b_SE, tables.expand, segments, configuration)
+    return y_TO
+
+
+def make_second_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """A stream for `forward_with_base`, one for all layers of a device; None on a CPU."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+
+def configuration_for(x_TI: torch.Tensor, outputs: int, tables: SliceTables, segments: SegmentTable) -> Configuration:
+    """The configuration of the device and the shape."""
+    shape = Shape(x_TI.shape[0], x_TI.shape[1], outputs, segments.block_tokens, tables.shrink.block_rank)
+    return choose_configuration(x_TI.device, shape)
 
 
 def shrink(

@@ -1,9 +1,14 @@
 """What is measured, and the report of it; figures worked out by hand."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
-from bdlora_perf.kernels.results import make_report
+from bdlora_perf.kernels.results import load_raw, make_report
 from bdlora_perf.kernels.shapes import Case, all_cases, layer_shape
+from bdlora_perf.report.schema import load_report
 
 
 @pytest.mark.parametrize(
@@ -50,6 +55,11 @@ def test_report() -> None:
         "triton_v2": {"rank": 8, "error_units": 0.6, "times_us": [4.5, 4.5, 9.0]},
         "csgmv_r2": {"rank": 32, "error_units": 0.6, "times_us": [9.0, 9.0, 9.0]},
     }
+    with_base = {
+        "base": {"rank": 8, "error_units": 0.4, "times_us": [3.0, 3.0, 3.0]},
+        "bdlora_with_base": {"rank": 8, "error_units": 0.9, "times_us": [6.0, 6.0, 7.0]},
+        "bdlora_beside_base": {"rank": 8, "error_units": 0.9, "times_us": [4.0, 5.0, 5.0]},
+    }
     floor = {"floor_bytes": 6_000_000, "floating_point_operations": 3_000_000}
     raw = {
         "started": "2026-01-01T00:00:00+00:00",
@@ -57,7 +67,10 @@ def test_report() -> None:
         "command": "measure",
         "machine": {"gpu": "a GPU"},
         "ceilings": {"copy_gb_per_s": 4000.0, "launch_us": 1.0},
-        "cases": [{"point": case.point, **floor, "systems": systems}],
+        "cases": [
+            {"point": case.point, **floor, "systems": systems},
+            {"point": {**case.point, "layer": "o with base"}, **floor, "systems": with_base},
+        ],
     }
     report = make_report(raw)
     assert report.kind == "kernels" and report.baselines == ("csgmv", "triton", "triton_v2")
@@ -73,4 +86,17 @@ def test_report() -> None:
         "(geometric mean of 1 cases, 1.50 to 1.50).",
         "decode: 3.00 times as fast as the best of SGLang's serving plain LoRA, half the BD rank "
         "(geometric mean of 1 cases, 3.00 to 3.00).",
+        "decode: a layer is 1.200 times as fast with the shrink beside the base "
+        "(geometric mean of 1 cases, 1.200 to 1.200).",
     )
+
+
+def test_the_interpreter_checks_every_contender(tmp_path: Path) -> None:
+    """``bdlora perf kernels --interpret``: tiny cases, also beside the base layer's product, and no times."""
+    command = [sys.executable, "-m", "bdlora_cli.main", "perf", "kernels", "--interpret", "--output", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    raw = load_raw(tmp_path)
+    checked = {name: system for case in raw["cases"] for name, system in case["systems"].items() if name != "copy"}
+    assert set(checked) == {"bdlora", "cublas_loop", "base", "bdlora_with_base", "bdlora_beside_base"}
+    assert all(0 < system["error_units"] < 1.5 for system in checked.values())
+    assert load_report(tmp_path).failures == ()

@@ -113,6 +113,15 @@ def test_a_gpu_takes_the_newest_configurations_that_are_no_newer(capability: int
     assert load_configurations(capability).architecture == f"sm_{found}"
 
 
+@pytest.mark.parametrize("other", ["fused", "pdl"])
+def test_overlap_alone(other: str) -> None:
+    (first, *_) = load_configurations(90).by_shape.values()
+    overlapping = first.overlapping()
+    assert overlapping.overlap and not overlapping.fused and not overlapping.pdl
+    with pytest.raises(ValueError, match=f"found overlap with .*{other}=True"):
+        replace(overlapping, **{other: True})
+
+
 def test_nearest_configuration() -> None:
     known = load_configurations(90)
     (first, *_) = known.by_shape.values()

@@ -6,13 +6,21 @@ import pytest
 import torch
 
 from tests.kernels.test_reference import SEGMENTS, SLICES, SLOTS
-from tests.kernels.triton_support import DEVICE, MAX_SPLITS, ONE_LAUNCH, TWO_LAUNCHES, make_layer, random_tokens
+from tests.kernels.triton_support import (
+    DEVICE,
+    MAX_SPLITS,
+    ONE_LAUNCH,
+    OVERLAP,
+    TWO_LAUNCHES,
+    make_layer,
+    random_tokens,
+)
 
 if not torch.cuda.is_available():
     pytest.skip("CUDA graphs need a GPU", allow_module_level=True)
 
 from bdlora_kernels.configurations import Configuration
-from bdlora_kernels.launch import Scratch, add_lora_delta_triton
+from bdlora_kernels.launch import Scratch, forward_with_base, make_second_stream
 from bdlora_kernels.tables import SegmentTable
 
 WIDE = torch.cuda.get_device_capability() >= (9, 0)
@@ -21,16 +29,20 @@ MIXED = [SLICES["plain-rank16"], SLICES["qkv"], [], SLICES["row-blocks"], SLICES
 
 
 @pytest.mark.parametrize(
-    "configuration", [ONE_LAUNCH, TWO_LAUNCHES, replace(TWO_LAUNCHES, pdl=WIDE)], ids=["one", "two", "two-with-pdl"]
+    "configuration",
+    [ONE_LAUNCH, TWO_LAUNCHES, replace(TWO_LAUNCHES, pdl=WIDE), OVERLAP],
+    ids=["one", "two", "two-with-pdl", "overlap"],
 )
 def test_replay_is_eager(configuration: Configuration) -> None:
     static, other = make_layer(MIXED, torch.bfloat16), make_layer(list(reversed(MIXED)), torch.bfloat16, seed=5)
     segments = SegmentTable(TOKENS, SLOTS, 16, DEVICE)
     scratch = Scratch.allocate(TOKENS, static.tables.h_size, MAX_SPLITS, DEVICE)
+    second_stream = make_second_stream(DEVICE)
     x, y = (torch.zeros(TOKENS, size, dtype=torch.bfloat16, device=DEVICE) for size in (INPUTS, OUTPUTS))
 
     def run() -> None:
-        add_lora_delta_triton(y, x, static.factors, static.tables, segments, scratch, configuration)
+        operands = x, static.factors, static.tables, segments, scratch, configuration, second_stream
+        forward_with_base(lambda: y, OUTPUTS, *operands)
 
     segments.fill([], [])
     run()  # compiles

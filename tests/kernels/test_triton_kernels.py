@@ -12,6 +12,7 @@ from tests.kernels.triton_support import (
     MAX_SPLITS,
     NO_SPLITS,
     ONE_LAUNCH,
+    OVERLAP,
     POISON,
     RUNNABLE,
     TWO_LAUNCHES,
@@ -26,7 +27,14 @@ if not RUNNABLE:
     pytest.skip("neither a GPU nor TRITON_INTERPRET=1: test_triton_interpreter.py runs these", allow_module_level=True)
 
 from bdlora_kernels.configurations import Configuration, device_configurations
-from bdlora_kernels.launch import Scratch, add_lora_delta_triton, expand, shrink
+from bdlora_kernels.launch import (
+    Scratch,
+    add_lora_delta_triton,
+    expand,
+    forward_with_base,
+    make_second_stream,
+    shrink,
+)
 from bdlora_kernels.tables import ExpandSlice, ExpandTable, SegmentTable
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -174,6 +182,30 @@ def test_the_same_bits_every_time() -> None:
         add_lora_delta_triton(result, x_TI.to(DEVICE), layer.factors, layer.tables, segments, scratch, ONE_LAUNCH)
         results.append(result)
     assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("configuration", [OVERLAP, ONE_LAUNCH, None], ids=["overlap", "one-launch", "of-this-device"])
+@pytest.mark.parametrize("requests", [SEGMENTS["skewed"], [(BASE, 3)], []], ids=["skewed", "base-only", "no-tokens"])
+def test_with_base(requests: list[Request], configuration: Configuration | None) -> None:
+    """Layer after layer with one scratch; each may overwrite what the last one read."""
+    splits = device_configurations(DEVICE).max_splits(16) if configuration is None else configuration.splits
+    scratch = Scratch.allocate(max(1, sum(length for _, length in requests)), 160, splits, DEVICE)
+    segments, stream = segment_table(requests, SLOTS), make_second_stream(DEVICE)
+    for seed in range(3):
+        layer = make_layer(MIXED, torch.bfloat16, seed)
+        x_TI, y_TO = random_tokens(requests, INPUTS, OUTPUTS, torch.bfloat16)
+        x, calls = x_TI.to(DEVICE, copy=True), []
+
+        def base(output: torch.Tensor = y_TO, calls: list[int] = calls) -> torch.Tensor:
+            calls.append(1)
+            return output.to(DEVICE, copy=True)
+
+        scratch.h.fill_(POISON)
+        operands = x, layer.factors, layer.tables, segments, scratch, configuration, stream
+        result = forward_with_base(base, OUTPUTS, *operands)
+        x.fill_(POISON)
+        assert calls == [1]
+        assert_close(result.cpu(), y_TO, x_TI, layer.unpacked, requests)
 
 
 def test_fully_sharded() -> None:

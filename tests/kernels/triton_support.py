@@ -26,6 +26,7 @@ MAX_SPLITS = 4
 TWO_LAUNCHES = Configuration(
     fused=False,
     pdl=False,
+    overlap=False,
     splits=3,
     block_k=32,
     shrink_warps=4,
@@ -36,6 +37,7 @@ TWO_LAUNCHES = Configuration(
 )
 ONE_LAUNCH = replace(TWO_LAUNCHES, fused=True, splits=2)
 NO_SPLITS = replace(TWO_LAUNCHES, splits=1, block_k=64, block_o=64)
+OVERLAP = replace(TWO_LAUNCHES, overlap=True)
 CONFIGURATIONS = {"two-launches": TWO_LAUNCHES, "one-launch": ONE_LAUNCH, "no-splits": NO_SPLITS}
 
 

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 import torch
 
 from bdlora_kernels.configurations import Configuration, device_configurations
-from bdlora_kernels.launch import Scratch, add_lora_delta_triton
+from bdlora_kernels.launch import Scratch, configuration_for, forward_with_base, make_second_stream
 from bdlora_kernels.layout import LayerFactors
 from bdlora_kernels.tables import SegmentTable, SliceTables
 from bdlora_perf.kernels.problem import SCALING, Call, Problem
@@ -22,6 +22,52 @@ Contender = Callable[[Problem], Call]
 
 def prepare_ours(problem: Problem, configuration: Configuration | None = None) -> Call:
     """Our Triton kernels, with the configuration that this architecture's file gives unless one is given."""
+    forward = _prepare_forward(problem, configuration)
+
+    def call(n: int) -> None:
+        forward(n, lambda: problem.y_TO)
+
+    return call
+
+
+def prepare_base(problem: Problem) -> Call:
+    """The base layer's own product alone; its weight alone fills the cache."""
+    base = _base_product(problem)
+
+    def call(n: int) -> None:
+        base()
+
+    return call
+
+
+def prepare_with_base(problem: Problem, configuration: Configuration | None = None, overlap: bool = False) -> Call:
+    """The base layer's product and our delta: as the configuration says, or with the shrink beside the product."""
+    forward, base = _prepare_forward(problem, configuration, overlap), _base_product(problem)
+
+    def call(n: int) -> None:
+        forward(n, base)
+
+    return call
+
+
+def base_weight(problem: Problem) -> torch.Tensor:
+    """The base layer's weight, ``(outputs, inputs)``; the same each time."""
+    shape, x_TI = problem.case.shape(), problem.x_TI
+    generator = torch.Generator(x_TI.device).manual_seed(1)
+    size = shape.total_outputs, shape.inputs
+    weight_OI = torch.randn(*size, generator=generator, device=x_TI.device, dtype=x_TI.dtype)
+    return weight_OI.mul_(shape.inputs**-0.5)
+
+
+def _base_product(problem: Problem) -> Callable[[], torch.Tensor]:
+    weight_OI = base_weight(problem)
+    return lambda: torch.mm(problem.x_TI, weight_OI.T, out=problem.y_TO)
+
+
+def _prepare_forward(
+    problem: Problem, configuration: Configuration | None, overlap: bool = False
+) -> Callable[[int, Callable[[], torch.Tensor]], torch.Tensor]:
+    """The base layer's output with the delta of set n."""
     device, slices, tokens = problem.x_TI.device, problem.slices(), len(problem.slots_T)
     ranks = sum(part.rank for part in slices)
     tables = SliceTables.allocate(problem.num_slots, len(slices), 1, problem.rank, ranks, device)
@@ -30,17 +76,21 @@ def prepare_ours(problem: Problem, configuration: Configuration | None = None) -
     known = device_configurations(device)
     segments = SegmentTable(tokens, problem.num_slots, known.block_tokens(tokens), device)
     segments.fill(problem.slots_T, [1] * tokens)
-    splits = known.max_splits(segments.block_tokens) if configuration is None else configuration.splits
-    scratch = Scratch.allocate(tokens, ranks, splits, device)
+    chosen = configuration or configuration_for(problem.x_TI, problem.y_TO.shape[1], tables, segments)
+    if overlap:
+        chosen = chosen.overlapping()
+    scratch = Scratch.allocate(tokens, ranks, chosen.splits, device)
+    second_stream = make_second_stream(device)
     slots = [slices] * problem.num_slots
     layers = [
         LayerFactors(a.flatten(1), b.flatten(1), slots) for a, b in zip(problem.a_NSRI, problem.b_NSOr, strict=True)
     ]
 
-    def call(n: int) -> None:
-        add_lora_delta_triton(problem.y_TO, problem.x_TI, layers[n], tables, segments, scratch, configuration)
+    def forward(n: int, base: Callable[[], torch.Tensor]) -> torch.Tensor:
+        x_TI, outputs = problem.x_TI, problem.y_TO.shape[1]
+        return forward_with_base(base, outputs, x_TI, layers[n], tables, segments, scratch, chosen, second_stream)
 
-    return call
+    return forward
 
 
 def prepare_cublas_loop(problem: Problem) -> Call:

@@ -12,7 +12,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,14 @@ import torch
 import triton  # type: ignore[import-untyped, unused-ignore]
 
 from bdlora_kernels.configurations import device_configurations
-from bdlora_perf.kernels.contenders import Contender, same_factors, sglang_contenders
+from bdlora_perf.kernels.contenders import (
+    Contender,
+    base_weight,
+    prepare_base,
+    prepare_with_base,
+    same_factors,
+    sglang_contenders,
+)
 from bdlora_perf.kernels.problem import Call, Problem, error_in_units, make_problem
 from bdlora_perf.kernels.shapes import LAYERS, MODELS, Case, all_cases, tiny_cases
 from bdlora_perf.kernels.timing import CapturedCalls, capture, measure_ceilings, time_calls
@@ -35,25 +42,69 @@ FAILURES = (RuntimeError, AssertionError, ValueError, TypeError, NotImplementedE
 # Batches of a whole decode step: tokens and adapters.
 STEPS = ((64, 64), (16, 16), (1, 1), (256, 64))
 STEP_RANK = 8
+# The first cases, of three batches at each layer, are measured with the base layer's product, too.
+CASES_WITH_BASE = 3 * len(LAYERS)
+WITH_BASE: dict[str, Contender] = {
+    "base": prepare_base,
+    "bdlora_with_base": prepare_with_base,
+    "bdlora_beside_base": partial(prepare_with_base, overlap=True),
+}
 
 Record = dict[str, Any]
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class Entry:
+    """A contender at a problem; ``exact_TO`` is what it must compute, None where it computes nothing."""
+
+    prepare: Contender
+    problem: Problem
+    exact_TO: torch.Tensor | None
+
+
 def measure_case(case: Case, device: torch.device, cache_bytes: int) -> Record:
     """Every contender at one case: the error against float64, and the times."""
-    problems = {"": make_problem(case, case.rank, device, cache_bytes)}
-    contenders = {name: ("", prepare) for name, prepare in same_factors(device).items()}
+    problem = make_problem(case, case.rank, device, cache_bytes)
+    exact_TO = problem.exact()
+    entries = {
+        name: Entry(prepare, problem, None if name == "copy" else exact_TO)
+        for name, prepare in same_factors(device).items()
+    }
     for suffix, rank in case.matched_ranks().items() if device.type == "cuda" else ():
-        problems[suffix] = make_problem(case, rank, device, cache_bytes)
-        contenders |= {f"{name}_{suffix}": (suffix, prepare) for name, prepare in sglang_contenders().items()}
+        matched = make_problem(case, rank, device, cache_bytes)
+        exact_TO = matched.exact()
+        entries |= {
+            f"{name}_{suffix}": Entry(prepare, matched, exact_TO) for name, prepare in sglang_contenders().items()
+        }
+    floor = {"floor_bytes": case.floor_bytes(), "floating_point_operations": case.floating_point_operations()}
+    return {"point": case.point, **floor, "systems": _measure(entries, device)}
+
+
+def measure_with_base(case: Case, device: torch.device, cache_bytes: int) -> Record:
+    """The base layer's product with our delta, one after the other and with the shrink on a second stream."""
+    problem, shape = make_problem(case, case.rank, device, cache_bytes), case.shape()
+    product_TO = problem.x_TI.double() @ base_weight(problem).double().T
+    exact_TO = replace(problem, y_TO=product_TO).exact()
+    entries = {
+        name: Entry(prepare, problem, product_TO if name == "base" else exact_TO) for name, prepare in WITH_BASE.items()
+    }
+    weights = shape.inputs * shape.total_outputs
+    floor = {
+        "floor_bytes": case.floor_bytes() + 2 * weights,
+        "floating_point_operations": case.floating_point_operations() + 2 * case.tokens * weights,
+    }
+    point = replace(case, layer=f"{case.layer} with base").point
+    return {"point": point, **floor, "systems": _measure(entries, device)}
+
+
+def _measure(entries: Mapping[str, Entry], device: torch.device) -> dict[str, Record]:
     systems: dict[str, Record] = {}
     captured: dict[str, CapturedCalls] = {}
-    exact = {suffix: problem.exact() for suffix, problem in problems.items()}
-    for name, (suffix, prepare) in contenders.items():
-        problem, record = problems[suffix], systems.setdefault(name, {"rank": problems[suffix].rank})
-        call = attempt(record, partial(prepare, problem))
-        if call is None or not (name == "copy" or _is_right(record, call, problem, exact[suffix])):
+    for name, entry in entries.items():
+        problem, record = entry.problem, systems.setdefault(name, {"rank": entry.problem.rank})
+        call = attempt(record, partial(entry.prepare, problem))
+        if call is None or not (entry.exact_TO is None or _is_right(record, call, problem, entry.exact_TO)):
             continue
         if device.type == "cuda":
             calls = max(MIN_CALLS, problem.num_sets)
@@ -61,8 +112,7 @@ def measure_case(case: Case, device: torch.device, cache_bytes: int) -> Record:
             captured |= {} if found is None else {name: found}
     for name, times in time_calls(captured).items():
         systems[name]["times_us"] = times
-    floor = {"floor_bytes": case.floor_bytes(), "floating_point_operations": case.floating_point_operations()}
-    return {"point": case.point, **floor, "systems": systems}
+    return systems
 
 
 def _is_right(record: Record, call: Call, problem: Problem, exact_TO: torch.Tensor) -> bool:
@@ -139,11 +189,15 @@ def measure(folder: Path, minutes: float, interpret: bool = False) -> Record:
     cache_bytes = 0 if interpret else torch.cuda.get_device_properties(device).L2_cache_size
     if not interpret:
         raw["ceilings"] = measure_ceilings(device)
-    cases = tiny_cases() if interpret else all_cases()
+    cases = list(tiny_cases() if interpret else all_cases())
     steps = [partial(measure_case, case, device, cache_bytes) for case in cases]
-    if not interpret:
+    with_base = [partial(measure_with_base, case, device, cache_bytes) for case in cases[:CASES_WITH_BASE]]
+    if interpret:
+        steps += with_base
+    else:
         # After the first case of each layer: their kernels are compiled then.
-        steps[len(LAYERS) : len(LAYERS)] = [partial(measure_step, *batch, device, cache_bytes) for batch in STEPS]
+        decode_steps = [partial(measure_step, *batch, device, cache_bytes) for batch in STEPS]
+        steps[len(LAYERS) : len(LAYERS)] = [*decode_steps, *with_base]
     for step in steps:
         if time.monotonic() - start > minutes * 60:
             break

@@ -58,7 +58,7 @@ class Problem:
 
     def exact(self) -> torch.Tensor:
         """The result for the first set in float64."""
-        expected = self.y_TO.double()
+        expected = self.y_TO.to(torch.float64, copy=True)
         slots_T = torch.tensor(self.slots_T)
         starts = self.output_starts
         for slot in sorted(set(self.slots_T)):

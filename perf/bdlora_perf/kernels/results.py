@@ -24,6 +24,9 @@ LABELS = {
     "flashinfer": "FlashInfer segment GEMM",
     "cublas_loop": "cuBLAS loop",
     "copy": "device copy of as many bytes",
+    "base": "base layer alone",
+    "bdlora_with_base": "base layer, then BD-LoRA's kernels",
+    "bdlora_beside_base": "base layer with BD-LoRA's shrink beside it",
 }
 MATCHED = {"r2": "plain LoRA, half the BD rank", "r4": "plain LoRA, a quarter of the BD rank"}
 BASELINES = ("csgmv", "triton", "triton_v2")
@@ -95,6 +98,12 @@ def _notes(raw: Mapping[str, Any]) -> Iterator[str]:
                     f"{phase}: {statistics.geometric_mean(ratios):.2f} times as fast as the best of SGLang's {against} "
                     f"(geometric mean of {len(ratios)} cases, {min(ratios):.2f} to {max(ratios):.2f})."
                 )
+    ratios = [ratio for case in raw["cases"] if (ratio := _ratio(case, "bdlora_with_base", "bdlora_beside_base"))]
+    if ratios:
+        yield (
+            f"decode: a layer is {statistics.geometric_mean(ratios):.3f} times as fast with the shrink beside the base "
+            f"(geometric mean of {len(ratios)} cases, {min(ratios):.3f} to {max(ratios):.3f})."
+        )
     if not any(system.get("times_us") for case in raw["cases"] for system in case["systems"].values()):
         errors = [
             system["error_units"]
@@ -106,10 +115,13 @@ def _notes(raw: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _speed_up(case: Mapping[str, Any], phase: str, suffix: str) -> float | None:
-    systems = case["systems"]
+    """How much faster ours is than the best of SGLang's."""
     names = [f"{name}_{suffix}" if suffix else name for name in BASELINES]
-    times = [statistics.median(systems[name]["times_us"]) for name in names if systems.get(name, {}).get("times_us")]
-    ours = systems["bdlora"].get("times_us")
-    if case["point"]["phase"] != phase or not times or not ours:
-        return None
-    return float(min(times) / statistics.median(ours))
+    ratios = [ratio for name in names if (ratio := _ratio(case, name, "bdlora"))]
+    return min(ratios) if case["point"]["phase"] == phase and ratios else None
+
+
+def _ratio(case: Mapping[str, Any], slow: str, fast: str) -> float | None:
+    """Median time of one system over that of another; None where one of them was not timed."""
+    times = [case["systems"].get(name, {}).get("times_us") for name in (slow, fast)]
+    return float(statistics.median(times[0]) / statistics.median(times[1])) if all(times) else None

@@ -10,8 +10,9 @@ import argparse
 import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,9 @@ from bdlora_kernels.configurations import (
     device_configurations,
     format_configurations,
 )
-from bdlora_perf.kernels.contenders import prepare_ours
+from bdlora_perf.kernels.contenders import prepare_ours, prepare_with_base
 from bdlora_perf.kernels.measure import FAILURES, MAX_ERROR_UNITS, MIN_CALLS
-from bdlora_perf.kernels.problem import Problem, error_in_units, make_problem
+from bdlora_perf.kernels.problem import Call, Problem, error_in_units, make_problem
 from bdlora_perf.kernels.shapes import LAYERS, MODELS, Case
 from bdlora_perf.kernels.timing import capture, time_calls
 
@@ -68,17 +69,31 @@ def seconds_of(problem: Problem, exact_TO: torch.Tensor, configuration: Configur
         call(0)
         right = error_in_units(problem.y_TO, exact_TO) <= MAX_ERROR_UNITS
         problem.y_TO.copy_(before)
-        if not right:
-            return float("inf")
-        captured = capture(call, problem.num_sets, max(MIN_CALLS, problem.num_sets))
+    except FAILURES:
+        return float("inf")
+    return _seconds(problem, lambda: call) if right else float("inf")
+
+
+def _seconds(problem: Problem, prepare: Callable[[], Call]) -> float:
+    """Median time of a call; infinite where it does not run here."""
+    try:
+        captured = capture(prepare(), problem.num_sets, max(MIN_CALLS, problem.num_sets))
     except FAILURES:
         return float("inf")
     return statistics.median(time_calls({"": captured}, _ROUNDS)[""]) * 1e-6
 
 
+def tune_overlap(problem: Problem, configuration: Configuration) -> Configuration:
+    """The configuration with the shrink beside the base layer's product, where the two together are faster so."""
+    after = _seconds(problem, partial(prepare_with_base, problem, configuration))
+    beside = _seconds(problem, partial(prepare_with_base, problem, configuration, overlap=True))
+    return configuration.overlapping() if beside < _MARGIN * after else configuration
+
+
 def tune(problem: Problem, configuration: Configuration, deadline: float) -> tuple[Configuration, float, float]:
     """The best configuration that was found, and the seconds of a call before and after."""
     exact_TO = problem.exact()
+    configuration = replace(configuration, overlap=False)  # which is decided with the base layer, in the end
     before = best = seconds_of(problem, exact_TO, configuration)
     for field, values in OPTIONS.items():
         if configuration.fused and field in ("expand_warps", "pdl"):
@@ -105,7 +120,8 @@ def tune_device(minutes: float) -> Configurations:
         layer, block_tokens = case.shape(), known.block_tokens(case.tokens)
         shape = Shape(case.tokens, layer.inputs, layer.total_outputs, block_tokens, block_rank)
         problem = make_problem(case, case.rank, device, cache_bytes, max_sets=32)
-        by_shape[shape], before, after = tune(problem, known.nearest(shape), deadline)
+        found, before, after = tune(problem, known.nearest(shape), deadline)
+        by_shape[shape] = tune_overlap(problem, found) if case.phase == "decode" else found
         print(f"{shape}: {before * 1e6:.2f} us, {after * 1e6:.2f} us with {by_shape[shape]}", flush=True)
     origin = f"tuned on {torch.cuda.get_device_name(device)}, torch {torch.__version__}, Triton {triton.__version__}"
     return replace(known, origin=origin, by_shape=by_shape)
