@@ -1,6 +1,8 @@
 #!/bin/sh
-# Test, tune and measure the kernels on a machine with a GPU, torch, Triton, NumPy and pytest, in under ten minutes.
-# Usage: perf/measure_on_gpu.sh OUTPUT_FOLDER; SGLang's kernels are measured where they can be imported.
+# Test, tune and measure the kernels on a machine with a GPU, in under ten minutes; nobody needs to watch.
+# It needs torch, Triton, NumPy, requests, pytest and pytest-timeout; SGLang's and FlashInfer's kernels are measured where
+# they can be imported.
+# Usage: perf/measure_on_gpu.sh OUTPUT_FOLDER, then: bdlora perf kernels --raw OUTPUT_FOLDER --output REPORT_FOLDER
 # A step that fails or runs out of time does not keep the next one from running; the exit code is that of the tests.
 set -u
 out=$(mkdir -p "$1" && cd "$1" && pwd)
@@ -12,16 +14,16 @@ configurations=kernels/bdlora_kernels/launch_configurations
 # Most of the tests' time is the compiler's: in several processes where pytest-xdist is installed.
 workers=$(python3 -c 'import xdist' 2>/dev/null && echo "-n 8")
 # shellcheck disable=SC2086
-timeout 150 python3 -m pytest -q -p no:cacheprovider $workers tests/kernels/test_triton_kernels.py \
+timeout 140 python3 -m pytest -q -p no:cacheprovider $workers tests/kernels/test_triton_kernels.py \
     tests/kernels/test_triton_graphs.py >"$out/tests.log" 2>&1
 tests=$?
 tail -n 15 "$out/tests.log"
 
 file=sm_$(python3 -c 'import torch; print("".join(map(str, torch.cuda.get_device_capability())))').json
-timeout 200 python3 -m bdlora_perf.kernels.tune --output "$out/$file" --minutes 2.7 >"$out/tune.log" 2>&1
+timeout 185 python3 -m bdlora_perf.kernels.tune --output "$out/$file" --minutes 2.5 >"$out/tune.log" 2>&1
 tail -n 15 "$out/tune.log"
 if [ -f "$out/$file" ]; then cp "$out/$file" "$configurations/$file"; fi
 
-timeout 225 python3 -m bdlora_perf.kernels.measure --output "$out" --minutes 3.4 >"$out/measure.log" 2>&1
+timeout 220 python3 -m bdlora_perf.kernels.measure --output "$out" --minutes 3.3 >"$out/measure.log" 2>&1
 tail -n 40 "$out/measure.log"
 exit $tests
