@@ -25,7 +25,7 @@ def compilers() -> Iterator[ProcessPoolExecutor]:
         yield pool
 
 
-@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp16", marks=pytest.mark.full)])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("capability", known_architectures(), ids="sm_{}".format)
 def test_compiles_without_spills(capability: int, dtype: str, compilers: ProcessPoolExecutor) -> None:
     variants = variants_in_use(capability, dtype)

@@ -1,39 +1,56 @@
-"""The engine with the Triton kernels, interpreted: the path that a GPU takes, without its graphs."""
+"""The engine with the Triton kernels, interpreted: the path that a GPU takes, with the tables of its CUDA graphs."""
 
 import atexit
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bdlora_perf.reference import PeftReference
+from tests.serving.graph_tables import MAX_PREFILL_TOKENS, TABLES_FILE, GraphTablesScheduler
 from tests.serving.zoo import Zoo
 
 # The interpreter takes seconds for what a GPU does in microseconds.
 NEW_TOKENS = 2
 PROMPT = [11, 23, 5]
+GIVEN, LATE = ("plain-r5-rslora", "bd3-r12", "bd8-r16"), "plain-r16"
 
 
-def test_tokens_equal_peft(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Adapters of every kind and the base model in one batch; one adapter comes when the server runs."""
+@pytest.fixture
+def engine(zoo: Zoo, tmp_path: Path) -> Iterator[Any]:
     from bdlora_sglang import Engine
+
+    class GraphTablesEngine(Engine):
+        scheduler_class = GraphTablesScheduler
 
     model = zoo.model("llama", num_hidden_layers=1)
     adapters = zoo.adapters(model, but={"bd2-v-down-layer1", "bd4-patterns-rslora"})
-    given, late = ("plain-r5-rslora", "bd3-r12", "bd8-r16"), "plain-r16"
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    engine = Engine(
-        model_path=str(model),
-        dtype="float32",
-        lora_paths=[f"{name}={adapters[name]}" for name in given],
-        lora_target_modules=["all"],
-        max_lora_rank=16,
-        max_loras_per_batch=3,  # fewer slots than adapters: slots are written again
-        skip_tokenizer_init=True,
-        log_level="error",
-    )
-    try:
-        reference = PeftReference(model)
-        assert engine.load_lora_adapter(late, str(adapters[late])).success
-        names = [None, *given, late]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        patch.setenv(TABLES_FILE, str(tmp_path / "tables"))
+        engine = GraphTablesEngine(
+            model_path=str(model),
+            dtype="float32",
+            lora_paths=[f"{name}={adapters[name]}" for name in GIVEN],
+            lora_target_modules=["all"],
+            max_lora_rank=16,
+            max_loras_per_batch=3,  # fewer slots than adapters: slots are written again
+            skip_tokenizer_init=True,
+            log_level="error",
+        )
+    yield engine
+    engine.shutdown()
+    atexit.unregister(engine.shutdown)
+
+
+def test_tokens_equal_peft(engine: Any, zoo: Zoo, tmp_path: Path) -> None:
+    """Adapters of every kind and the base model, batch after batch in the same tables; one adapter comes later."""
+    model = zoo.model("llama", num_hidden_layers=1)
+    adapters = zoo.adapters(model, but={"bd2-v-down-layer1", "bd4-patterns-rslora"})
+    reference = PeftReference(model)
+    assert engine.load_lora_adapter(LATE, str(adapters[LATE])).success
+    for names in ([None, *GIVEN, LATE], [LATE, "bd3-r12"], ["bd8-r16"], [None, LATE]):
         answers = engine.generate(
             input_ids=[PROMPT] * len(names),
             lora_path=names,
@@ -45,6 +62,5 @@ def test_tokens_equal_peft(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
             assert answer["output_ids"] == expected.tokens, name
             logprobs = [entry[0] for entry in answer["meta_info"]["output_token_logprobs"]]
             assert max(abs(a - b) for a, b in zip(logprobs, expected.logprobs, strict=True)) < 1e-4, name
-    finally:
-        engine.shutdown()
-        atexit.unregister(engine.shutdown)
+    assert len(PROMPT) * 3 > MAX_PREFILL_TOKENS >= len(PROMPT) * 2
+    assert set((tmp_path / "tables").read_text().split()) == {"decode", "prefill", "eager"}
