@@ -146,7 +146,7 @@ PRESETS: dict[str, Preset] = {
         Sweep(),
     ),
     "quick": Preset(
-        "Two minutes on a laptop: shows that all works, not which system is faster.",
+        "Three minutes on two cores: shows that all works, not which system is faster.",
         Sweep(concurrency=(4,), input_len=(32,), output_len=(8,), adapters=(4,), rank=(8,), num_prompts=8),
         systems=("base", "bd-2r", "lora-fully-sharded"),
         tp=2,
