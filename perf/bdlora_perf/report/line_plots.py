@@ -1,5 +1,6 @@
 """Plots of a metric against a number of the sweep."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -25,7 +26,8 @@ from bdlora_perf.report.statistics import Spread
 
 # More panels than this are no plot any more.
 _MOST_PANELS = 12
-_MOST_TICKS = 7
+# Labels that are at least this part of the axis apart do not touch.
+_LEAST_GAP = 1 / 7
 _AXIS_LABELS = {
     "bytes": "message size",
     "concurrency": "concurrency [requests in flight]",
@@ -114,10 +116,21 @@ def _draw_lines(
             markersize=4,
             linewidth=1.4,
         )
-    if numbers[0] > 0 and numbers[-1] >= 8 * numbers[0]:
+    logarithmic = numbers[0] > 0 and numbers[-1] >= 8 * numbers[0]
+    if logarithmic:
         panel.set_xscale("log", base=2)
-    step = -(-len(numbers) // _MOST_TICKS)
-    panel.xaxis.set_major_locator(FixedLocator(numbers[::step]))
+    panel.xaxis.set_major_locator(FixedLocator(choose_ticks(numbers, logarithmic)))
     panel.xaxis.set_minor_locator(NullLocator())
     format_axis(panel.xaxis, format_bytes if x == "bytes" else format_tick)
     panel.set_xlabel(_AXIS_LABELS.get(x, spaced(x)))
+
+
+def choose_ticks(numbers: Sequence[float], logarithmic: bool) -> list[float]:
+    """Of ascending ``numbers`` the first, and each whose label does not touch the label before it."""
+    places = [math.log2(number) if logarithmic else number for number in numbers]
+    gap = _LEAST_GAP * (places[-1] - places[0])
+    chosen = [0]
+    for i, place in enumerate(places):
+        if i and place - places[chosen[-1]] >= gap:
+            chosen.append(i)
+    return [numbers[i] for i in chosen]

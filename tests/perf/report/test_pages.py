@@ -14,6 +14,7 @@ import pytest
 from markdown_it import MarkdownIt
 from scipy import stats
 
+from bdlora_perf.report.line_plots import choose_ticks
 from bdlora_perf.report.page import ESTIMATE_LABEL
 from bdlora_perf.report.schema import Failure, Report, Sample
 from bdlora_perf.report.write import write_report
@@ -204,6 +205,13 @@ def test_a_logarithmic_axis_of_less_than_a_decade_has_plain_labels(tmp_path: Pat
     write_report(report.model_copy(update={"samples": tuple(samples)}), tmp_path)
     drawn = (tmp_path / "plots" / "time.svg").read_text()
     assert "math" not in drawn
+
+
+def test_labels_of_an_axis_do_not_touch() -> None:
+    sizes = [256, 384, 512, 1024, 4096, 8192, 12288, 16384, 32768, 65536, 262144, 1048576, 4194304]
+    assert choose_ticks(sizes, logarithmic=True) == [256, 1024, 4096, 16384, 65536, 262144, 1048576, 4194304]
+    assert choose_ticks([1, 2, 4, 32], logarithmic=False) == [1, 32]
+    assert choose_ticks([8], logarithmic=True) == [8]
 
 
 def test_failures_are_told_with_their_log_and_run_nothing(folders: Mapping[str, Path]) -> None:
