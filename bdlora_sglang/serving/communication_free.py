@@ -38,14 +38,14 @@ class CommunicationFree:
 
     def slot_size(self, layer: ColumnParallelLinear | RowParallelLinear, rank: int) -> SlotSize:
         if isinstance(layer, RowParallelLinear):
-            modules, groups, inputs = 1, rank, layer.input_size_per_partition
+            modules, inputs = 1, layer.input_size_per_partition
         else:
-            modules, groups, inputs = len(layer.output_partition_sizes), 1, layer.input_size
+            modules, inputs = len(layer.output_partition_sizes), layer.input_size
         a, b = modules * rank * inputs, rank * _outputs(layer)
         # There are at most `rank` slices of each module, and every one may start on an aligned element.
         slices = modules * rank
         padding = align(1) * slices
-        return SlotSize(align(a) + padding, align(b) + padding, slices, groups, rank, slices)
+        return SlotSize(align(a) + padding, align(b) + padding, slices, rank)
 
     def forward_with_base(
         self,

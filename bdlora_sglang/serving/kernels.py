@@ -91,14 +91,7 @@ class TritonKernels:
 
         self._h_size = max(self._h_size, size.ranks)
         # A layer that no adapter touches has empty slots.
-        tables = SliceTables.allocate(
-            num_slots,
-            max_slices=max(1, size.slices),
-            max_groups=max(1, size.groups),
-            max_rank=max(1, size.rank),
-            h_size=max(1, size.ranks),
-            device=self._device,
-        )
+        tables = SliceTables.allocate(num_slots, max(1, size.usual_rank), max(1, size.ranks), self._device)
         a_SE, b_SE = _empty_slots(num_slots, size, dtype, self._device)
         return DeviceFactors(a_SE, b_SE, [()] * num_slots, tables=tables)
 

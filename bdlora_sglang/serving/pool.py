@@ -67,8 +67,7 @@ class BDLoRAMemoryPool(LoRAMemoryPool):
                 raise BDLoRAError(
                     f"adapter '{adapter.name}': found local rank {adapter.local_rank} ({adapter.kind}, rank "
                     f"{adapter.rank}, {adapter.nblocks} blocks) with {factors.a_E.numel()} + {factors.b_E.numel()} "
-                    f"elements in {len(factors.slices)} slices of '{name}', expected at most the slot's {size.a} + "
-                    f"{size.b} in {size.slices}; "
+                    f"elements of '{name}', expected at most the slot's {size.a} + {size.b}; "
                     f"start the server with {self._sharding.flag_that_fits(adapter.rank, adapter.local_rank)} or more"
                 )
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
-from itertools import groupby
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -22,25 +21,20 @@ class SlotSize:
 
     Attributes:
         a, b: elements of the A and the B factors.
-        slices: slices of the adapter.
-        groups: runs of slices that read the same inputs, whose A factors are one matrix.
-        rank: rank of the largest slice.
-        ranks: ranks of all slices together.
+        ranks: ranks of all slices together, however many there are.
+        usual_rank: rank of one slice; no limit, the kernels are chosen by it.
     """
 
     a: int = 0
     b: int = 0
-    slices: int = 0
-    groups: int = 0
-    rank: int = 0
     ranks: int = 0
+    usual_rank: int = 0
 
     @classmethod
     def of(cls, packed: PackedFactors) -> "SlotSize":
         """Just large enough for ``packed``."""
         ranks = [part.rank for part in packed.slices]
-        groups = len(list(groupby(packed.slices, key=lambda part: (part.input_start, part.input_size))))
-        return cls(packed.a_E.numel(), packed.b_E.numel(), len(ranks), groups, max(ranks), sum(ranks))
+        return cls(packed.a_E.numel(), packed.b_E.numel(), sum(ranks), max(ranks))
 
     def max(self, other: "SlotSize") -> "SlotSize":
         """Large enough for whatever fits either."""
@@ -48,7 +42,7 @@ class SlotSize:
 
     def fits(self, other: "SlotSize") -> bool:
         """Whether what needs ``other`` fits here."""
-        return self.max(other) == self
+        return other.a <= self.a and other.b <= self.b and other.ranks <= self.ranks
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ def shrink(
 ) -> None:
     """``h[:, t, rows] = x[t, inputs] @ A.T``, as P partial sums over the inputs; elements of no row are not touched."""
     _check_shrink(h_PTR, x_TI, a_SE, table, segments)
-    grid = (segments.max_tiles(x_TI.shape[0]), table.capacity, h_PTR.shape[0])
+    grid = (segments.max_tiles(x_TI.shape[0]), table.row_programs, h_PTR.shape[0])
     shrink_kernel[grid](
         h_PTR, x_TI, a_SE, segments.tiles_GF, segments.tokens_T, table.entries_SEF,
         x_TI.stride(0), a_SE.stride(0), h_PTR.stride(0), h_PTR.stride(1), table.entries_SEF.stride(0),
@@ -176,11 +176,11 @@ def _shrink_and_expand(
     _check_expand(y_TO, h_PTR, factors.b_SE, tables.expand, segments)
     tiles, outputs = segments.max_tiles(x_TI.shape[0]), y_TO.shape[1]
     assert tiles <= len(counters_G), (tiles, counters_G.shape)
-    programs = tiles * (tables.shrink.capacity * configuration.splits + -(-outputs // configuration.block_o))
+    programs = tiles * (tables.shrink.row_programs * configuration.splits + -(-outputs // configuration.block_o))
     fused_kernel[(programs,)](
         y_TO, h_PTR, x_TI, factors.a_SE, factors.b_SE, segments.tiles_GF, segments.tokens_T,
         tables.shrink.entries_SEF, tables.expand.entries_SEF, counters_G,
-        tiles, tables.shrink.capacity, outputs,
+        tiles, tables.shrink.row_programs, outputs,
         y_TO.stride(0), x_TI.stride(0), factors.a_SE.stride(0), factors.b_SE.stride(0), h_PTR.stride(0),
         h_PTR.stride(1), tables.shrink.entries_SEF.stride(0), tables.expand.entries_SEF.stride(0),
         SPLITS=configuration.splits, BLOCK_T=segments.block_tokens, BLOCK_K=configuration.block_k,

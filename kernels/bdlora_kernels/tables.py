@@ -89,8 +89,8 @@ def expand_slices(slices: Sequence[Slice]) -> list[ExpandSlice]:
 class _SlotTable:
     """Entries of ENTRY_FIELDS integers for each slot, behind a header whose first field is their number."""
 
-    def __init__(self, num_slots: int, capacity: int, device: torch.device) -> None:
-        self.capacity = capacity
+    def __init__(self, num_slots: int, capacity: int, block_rank: int, device: torch.device) -> None:
+        self.capacity, self.block_rank = capacity, block_rank
         self.entries_SEF = torch.zeros(num_slots, 1 + capacity, ENTRY_FIELDS, dtype=torch.int32, device=device)
 
     def _write(self, slot: int, entries: Sequence[Sequence[int]]) -> None:
@@ -104,9 +104,13 @@ class _SlotTable:
 class ShrinkTable(_SlotTable):
     """For each slot, the blocks of at most ``block_rank`` rows of A that its tokens are multiplied with."""
 
-    def __init__(self, num_slots: int, capacity: int, block_rank: int, device: torch.device) -> None:
-        super().__init__(num_slots, capacity, device)
-        self.block_rank = block_rank
+    @property
+    def row_programs(self) -> int:
+        """Programs that share the blocks of a slot: as many as there are where all slices read the same inputs.
+
+        More blocks read less each (the blocks of an adapter with more blocks than ranks): a program does several.
+        """
+        return -(-self.capacity // self.block_rank)
 
     def write(self, slot: int, groups: Sequence[ShrinkGroup]) -> None:
         """Replace what ``slot`` holds; raises ValueError beyond the table's capacity."""
@@ -117,10 +121,6 @@ class ShrinkTable(_SlotTable):
 
 class ExpandTable(_SlotTable):
     """For each slot, its slices, whose columns are multiplied ``block_rank`` at a time."""
-
-    def __init__(self, num_slots: int, capacity: int, block_rank: int, device: torch.device) -> None:
-        super().__init__(num_slots, capacity, device)
-        self.block_rank = block_rank
 
     def write(self, slot: int, slices: Sequence[ExpandSlice]) -> None:
         """Replace what ``slot`` holds; raises ValueError beyond the table's capacity."""
@@ -140,23 +140,17 @@ class SliceTables:
     h_size: int
 
     @classmethod
-    def allocate(
-        cls, num_slots: int, max_slices: int, max_groups: int, max_rank: int, h_size: int, device: torch.device
-    ) -> "SliceTables":
+    def allocate(cls, num_slots: int, usual_rank: int, h_size: int, device: torch.device) -> "SliceTables":
         """Empty tables.
 
         Args:
             num_slots: slots of the layer's pool.
-            max_slices: slices of a slot, at most.
-            max_groups: groups of slices that read the same inputs, at most: 1 where all slices read all inputs.
-            max_rank: largest rank of a slice.
-            h_size: largest sum of the ranks of a slot.
+            usual_rank: rank of a slice; larger ones are served in several steps.
+            h_size: largest sum of the ranks of a slot, however many slices they are of.
             device: that of the pool.
         """
-        block_rank = _block_rank(h_size, _MAX_SHRINK_BLOCK)
-        # Every group may end in a block that is not full.
-        shrink = ShrinkTable(num_slots, -(-h_size // block_rank) + max_groups - 1, block_rank, device)
-        return cls(shrink, ExpandTable(num_slots, max_slices, _block_rank(max_rank, _MAX_EXPAND_BLOCK), device), h_size)
+        shrink = ShrinkTable(num_slots, h_size, _block_rank(h_size, _MAX_SHRINK_BLOCK), device)
+        return cls(shrink, ExpandTable(num_slots, h_size, _block_rank(usual_rank, _MAX_EXPAND_BLOCK), device), h_size)
 
     def write(self, slot: int, slices: Sequence[Slice]) -> None:
         """Replace what ``slot`` holds; no slices: its tokens are left alone."""

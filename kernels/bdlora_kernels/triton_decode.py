@@ -33,7 +33,7 @@ def fused_kernel(
     expand_ptr,
     counters_ptr,
     tiles,
-    row_blocks,
+    row_programs,
     outputs,
     y_stride,
     x_stride,
@@ -55,10 +55,10 @@ def fused_kernel(
     The programs of the shrink have the lowest numbers, so they run or have run when one of the expand starts. Those
     fetch their part of B and y first, and then wait until the counter of their tile says that h is complete. The
     counter's low 16 bits count programs of the shrink, its high bits those of the expand. Grid: one dimension, for
-    each tile (blocks of rows times splits) programs, then for each tile (blocks of outputs) programs.
+    each tile (row programs times splits) programs, then for each tile (blocks of outputs) programs.
     """
     program = tl.program_id(0)
-    shrink_programs = row_blocks * SPLITS
+    shrink_programs = row_programs * SPLITS
     output_blocks = tl.cdiv(outputs, BLOCK_O)
     all_arrivals = shrink_programs + (output_blocks << 16)
     if program < tiles * shrink_programs:
@@ -66,9 +66,9 @@ def fused_kernel(
         slot, start, count = load_tile(tiles_ptr, tile)
         if count > 0:
             part = program % shrink_programs
-            shrink_tile(h_ptr, x_ptr, a_ptr, tokens_ptr, shrink_ptr, slot, start, count, part // SPLITS, part % SPLITS,
-                        SPLITS, x_stride, a_stride, h_split_stride, h_stride, shrink_stride, BLOCK_T, BLOCK_K,
-                        SHRINK_BLOCK_R)  # fmt: skip
+            shrink_tile(h_ptr, x_ptr, a_ptr, tokens_ptr, shrink_ptr, slot, start, count, part // SPLITS,
+                        row_programs, part % SPLITS, SPLITS, x_stride, a_stride, h_split_stride, h_stride,
+                        shrink_stride, BLOCK_T, BLOCK_K, SHRINK_BLOCK_R)  # fmt: skip
             _arrive(counters_ptr + tile, 1, all_arrivals)
     else:
         part = program - tiles * shrink_programs

@@ -83,7 +83,8 @@ def shrink_tile(
     slot,
     start,
     count,
-    block,
+    program,
+    programs,
     split,
     splits,
     x_stride,
@@ -95,25 +96,26 @@ def shrink_tile(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """What one program does: block ``block`` of the slot's rows of A, split ``split`` of the inputs."""
+    """What one program does: of the slot's blocks of rows of A each ``programs``-th, split ``split`` of the inputs."""
     num_blocks, entries_ptr = slot_entries(entries_ptr, slot, entries_stride)
-    if block < num_blocks:
-        entry_ptr = entries_ptr + block * _ENTRY_FIELDS
-        input_start, input_size = tl.load(entry_ptr), tl.load(entry_ptr + 1)
-        rank, a_offset, h_start = tl.load(entry_ptr + 2), tl.load(entry_ptr + 3), tl.load(entry_ptr + 4)
+    if program < num_blocks:
         position_T = tl.arange(0, BLOCK_T)
         in_tile_T = position_T < count
         token_T = tl.load(tokens_ptr + start + position_T, mask=in_tile_T, other=0)
         slot_a_ptr = a_ptr + slot.to(tl.int64) * a_stride
         split_h_ptr = h_ptr + split.to(tl.int64) * h_split_stride
-        if (input_start | input_size | a_offset) % _WIDE == 0:
-            _multiply_block(split_h_ptr, x_ptr, slot_a_ptr, token_T, in_tile_T, x_stride, h_stride, split, splits,
-                            input_start, input_size, rank, a_offset, h_start,
-                            _WIDE, BLOCK_T, BLOCK_K, BLOCK_R)  # fmt: skip
-        else:
-            _multiply_block(split_h_ptr, x_ptr, slot_a_ptr, token_T, in_tile_T, x_stride, h_stride, split, splits,
-                            input_start, input_size, rank, a_offset, h_start,
-                            1, BLOCK_T, BLOCK_K, BLOCK_R)  # fmt: skip
+        for block in tl.range(program, num_blocks, programs, num_stages=1):
+            entry_ptr = entries_ptr + block * _ENTRY_FIELDS
+            input_start, input_size = tl.load(entry_ptr), tl.load(entry_ptr + 1)
+            rank, a_offset, h_start = tl.load(entry_ptr + 2), tl.load(entry_ptr + 3), tl.load(entry_ptr + 4)
+            if (input_start | input_size | a_offset) % _WIDE == 0:
+                _multiply_block(split_h_ptr, x_ptr, slot_a_ptr, token_T, in_tile_T, x_stride, h_stride, split, splits,
+                                input_start, input_size, rank, a_offset, h_start,
+                                _WIDE, BLOCK_T, BLOCK_K, BLOCK_R)  # fmt: skip
+            else:
+                _multiply_block(split_h_ptr, x_ptr, slot_a_ptr, token_T, in_tile_T, x_stride, h_stride, split, splits,
+                                input_start, input_size, rank, a_offset, h_start,
+                                1, BLOCK_T, BLOCK_K, BLOCK_R)  # fmt: skip
 
 
 @triton.jit
@@ -138,7 +140,7 @@ def shrink_kernel(
 
     for each token t in a tile and each entry ``(input_start, input_size, rank, a_offset, h_start)`` of its slot, with
     ``A[r, k] = a[slot, a_offset + r * input_size + k]``. Every split of an entry is written, an empty one with zeros;
-    other elements of h are not touched. Grid: (tiles, blocks of rows, splits).
+    other elements of h are not touched. Grid: (tiles, programs that share the blocks of rows, splits).
     """
     if PDL:
         # The expand kernel may be set up now; it waits for this one before it reads h.
@@ -146,5 +148,5 @@ def shrink_kernel(
     slot, start, count = load_tile(tiles_ptr, tl.program_id(0))
     if count > 0:
         shrink_tile(h_ptr, x_ptr, a_ptr, tokens_ptr, entries_ptr, slot, start, count, tl.program_id(1),
-                    tl.program_id(2), tl.num_programs(2), x_stride, a_stride, h_split_stride, h_stride, entries_stride,
-                    BLOCK_T, BLOCK_K, BLOCK_R)  # fmt: skip
+                    tl.num_programs(1), tl.program_id(2), tl.num_programs(2), x_stride, a_stride, h_split_stride,
+                    h_stride, entries_stride, BLOCK_T, BLOCK_K, BLOCK_R)  # fmt: skip

@@ -36,14 +36,14 @@ def test_slices_with_the_same_inputs_shrink_together() -> None:
 
 def test_entries() -> None:
     """Rows of A go in blocks of 32 where a slot holds up to 28 ranks; the scaling is stored by its bits."""
-    tables = SliceTables.allocate(num_slots=2, max_slices=3, max_groups=2, max_rank=20, h_size=28, device=CPU)
+    tables = SliceTables.allocate(num_slots=2, usual_rank=20, h_size=28, device=CPU)
     tables.write(1, SLICES)
     assert tables.shrink.block_rank == 32 and tables.expand.block_rank == 32
-    assert tables.shrink.entries_SEF[1, :, :5].tolist() == [[2, 0, 0, 0, 0], [0, 64, 23, 0, 0], [8, 40, 5, 1472, 23]]
-    assert tables.expand.entries_SEF[1, :, :6].tolist() == [
+    assert tables.shrink.entries_SEF[1, :3, :5].tolist() == [[2, 0, 0, 0, 0], [0, 64, 23, 0, 0], [8, 40, 5, 1472, 23]]
+    assert tables.expand.entries_SEF[1, :4, :6].tolist() == [
         [3, 0, 0, 0, 0, 0], [0, 32, 20, 20, 0, 0], [32, 8, 3, 3, 640, 20], [40, 8, 5, 5, 664, 23]
     ]  # fmt: skip
-    assert tables.expand.entries_SEF[1, 1:, 6].view(torch.float32).tolist() == [2.0, 0.5, -1.0]
+    assert tables.expand.entries_SEF[1, 1:4, 6].view(torch.float32).tolist() == [2.0, 0.5, -1.0]
     assert not tables.shrink.entries_SEF[0].any()
     tables.write(1, ())
     assert tables.shrink.entries_SEF[1, 0, 0] == tables.expand.entries_SEF[1, 0, 0] == 0
@@ -57,18 +57,15 @@ def test_tall_a_goes_in_blocks() -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("capacity", "message"),
-    [
-        ({"max_slices": 2, "max_groups": 2, "h_size": 28}, "found 3 entries, expected at most 2"),
-        ({"max_slices": 3, "max_groups": 1, "h_size": 28}, "found 2 entries, expected at most 1"),
-        ({"max_slices": 3, "max_groups": 2, "h_size": 27}, "found 28 ranks together, expected at most 27"),
-    ],
-    ids=["slices", "groups", "ranks"],
-)
-def test_a_slot_that_does_not_fit_is_refused(capacity: dict[str, int], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        SliceTables.allocate(num_slots=1, max_rank=20, device=CPU, **capacity).write(0, SLICES)
+def test_ranks_are_the_only_limit() -> None:
+    """28 ranks fit as one slice, or as 28 with windows of their own, whose blocks one program does."""
+    tables = SliceTables.allocate(num_slots=1, usual_rank=28, h_size=28, device=CPU)
+    assert tables.shrink.row_programs == 1
+    windows = [Slice(8 * i, 8, 0, 16, 1, 8 * i, 16 * i, 1.0) for i in range(28)]
+    tables.write(0, windows)
+    assert tables.shrink.entries_SEF[0, 0, 0] == tables.expand.entries_SEF[0, 0, 0] == 28
+    with pytest.raises(ValueError, match="slot 0: found 29 ranks together, expected at most 28"):
+        tables.write(0, [*windows, windows[0]])
 
 
 def test_tiles() -> None:

@@ -12,7 +12,7 @@ import torch
 
 from bdlora_kernels import LayerFactors, UnpackedSlice
 from bdlora_kernels.configurations import Configuration
-from bdlora_kernels.tables import SegmentTable, SliceTables, shrink_groups
+from bdlora_kernels.tables import SegmentTable, SliceTables
 from tests.kernels.test_reference import Window, dense, make_factors
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -56,9 +56,7 @@ def make_layer(by_slot: Sequence[list[Window]], dtype: torch.dtype, seed: int = 
     parts = [part for slices in factors.slices for part in slices]
     tables = SliceTables.allocate(
         num_slots=len(by_slot),
-        max_slices=max(map(len, factors.slices)),
-        max_groups=max(len(shrink_groups(slices)) for slices in factors.slices),
-        max_rank=max(part.rank for part in parts),
+        usual_rank=max(part.rank for part in parts),
         h_size=max(sum(part.rank for part in slices) for slices in factors.slices),
         device=DEVICE,
     )

@@ -70,7 +70,7 @@ def _prepare_forward(
     """The base layer's output with the delta of set n."""
     device, slices, tokens = problem.x_TI.device, problem.slices(), len(problem.slots_T)
     ranks = sum(part.rank for part in slices)
-    tables = SliceTables.allocate(problem.num_slots, len(slices), 1, problem.rank, ranks, device)
+    tables = SliceTables.allocate(problem.num_slots, problem.rank, ranks, device)
     for slot in range(problem.num_slots):
         tables.write(slot, slices)
     known = device_configurations(device)
