@@ -56,7 +56,7 @@ def make_layer(by_slot: Sequence[list[Window]], dtype: torch.dtype, seed: int = 
     parts = [part for slices in factors.slices for part in slices]
     tables = SliceTables.allocate(
         num_slots=len(by_slot),
-        usual_rank=max(part.rank for part in parts),
+        usual_rank=parts[-1].rank,  # others may be larger, or smaller
         h_size=max(sum(part.rank for part in slices) for slices in factors.slices),
         device=DEVICE,
     )
