@@ -13,8 +13,8 @@ from sglang.srt.distributed.utils import get_group_rank_size
 from sglang.srt.layers.linear import ColumnParallelLinear, RowParallelLinear
 from sglang.srt.runtime_context import get_parallel
 
-from bdlora_kernels import LayerFactors, UnpackedSlice, pack
-from bdlora_kernels.fully_sharded import expand, shrink
+from bdlora_kernels import BatchedFactors, LayerFactors, UnpackedSlice, pack
+from bdlora_kernels.batched import expand, shrink
 from bdlora_kernels.layout import align
 from bdlora_sglang.adapter import Adapter, LoRAModule
 from bdlora_sglang.adapter.fully_sharded import read_column_parallel, read_row_parallel
@@ -66,6 +66,7 @@ class FullySharded:
         kernels: Kernels,
         segments: Any,
     ) -> torch.Tensor:
+        assert isinstance(factors, BatchedFactors)
         y_TO = base()
         # Of the same shape on all ranks, so all of them leave here or none.
         h_TW = shrink(x_TI, factors, segments)

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from bdlora_kernels import LayerFactors, PackedFactors, add_lora_delta, group_tokens
+from bdlora_kernels import BatchedFactors, LayerFactors, PackedFactors, add_lora_delta, group_tokens
 from bdlora_sglang.errors import BDLoRAError
 from bdlora_sglang.serving.sharding import SlotSize
 
@@ -54,7 +54,7 @@ class TorchKernels:
         self._device = device
 
     def allocate(self, num_slots: int, size: SlotSize, dtype: torch.dtype) -> LayerFactors:
-        return LayerFactors(*_empty_slots(num_slots, size, dtype, self._device), slices=[()] * num_slots)
+        return BatchedFactors.allocate(num_slots, size.a, size.b, dtype, self._device)
 
     def reserve_decode_graphs(self, max_tokens: int) -> None:
         _refuse_graphs("decode")
@@ -68,6 +68,7 @@ class TorchKernels:
     def forward_with_base(
         self, base: Callable[[], torch.Tensor], outputs: int, x_TI: torch.Tensor, factors: LayerFactors, segments: Any
     ) -> torch.Tensor:
+        assert isinstance(factors, BatchedFactors)
         y_TO = base()
         add_lora_delta(y_TO, x_TI, factors, segments)
         return y_TO
@@ -92,7 +93,8 @@ class TritonKernels:
         self._h_size = max(self._h_size, size.ranks)
         # A layer that no adapter touches has empty slots.
         tables = SliceTables.allocate(num_slots, max(1, size.usual_rank), max(1, size.ranks), self._device)
-        a_SE, b_SE = _empty_slots(num_slots, size, dtype, self._device)
+        # Zeros, so that the memory is really there: a server must not run out of it at its first request.
+        a_SE, b_SE = (torch.zeros(num_slots, n, dtype=dtype, device=self._device) for n in (size.a, size.b))
         return DeviceFactors(a_SE, b_SE, [()] * num_slots, tables=tables)
 
     def reserve_decode_graphs(self, max_tokens: int) -> None:
@@ -149,16 +151,6 @@ class DeviceFactors(LayerFactors):
 class _DeviceBatch:
     table: Any
     scratch: Any
-
-
-def _empty_slots(
-    num_slots: int, size: SlotSize, dtype: torch.dtype, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    # Zeros, so that the memory is really there: a server must not run out of it at its first request.
-    return (
-        torch.zeros(num_slots, size.a, dtype=dtype, device=device),
-        torch.zeros(num_slots, size.b, dtype=dtype, device=device),
-    )
 
 
 def _refuse_graphs(phase: str) -> None:

@@ -1,7 +1,7 @@
 """One adapter's part on this rank, in host memory: exactly what a slot of the memory pool will hold."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -96,4 +96,4 @@ def _output_order(module: LoRAModule) -> int:
 
 
 def _pin(packed: PackedFactors) -> PackedFactors:
-    return PackedFactors(packed.a_E.pin_memory(), packed.b_E.pin_memory(), packed.slices)
+    return replace(packed, a_E=packed.a_E.pin_memory(), b_E=packed.b_E.pin_memory())

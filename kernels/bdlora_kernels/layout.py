@@ -72,11 +72,12 @@ def align(elements: int) -> int:
 
 @dataclass(frozen=True)
 class PackedFactors:
-    """One adapter's factors for one layer, as a slot stores them: ``a_E`` and ``b_E`` are flat."""
+    """One adapter's factors for one layer, flat; B takes the shrink outputs of ``gathered`` ranks."""
 
     a_E: torch.Tensor
     b_E: torch.Tensor
     slices: tuple[Slice, ...]
+    gathered: int = 1
 
     @property
     def num_bytes(self) -> int:
@@ -117,4 +118,4 @@ def pack(parts: Sequence[UnpackedSlice], gathered: int = 1) -> PackedFactors:
     for part, place in zip(parts, slices, strict=True):
         a_E[place.a_offset : place.a_offset + part.a.numel()] = part.a.flatten()
         b_E[place.b_offset : place.b_offset + part.b.numel()] = part.b.flatten()
-    return PackedFactors(a_E, b_E, tuple(slices))
+    return PackedFactors(a_E, b_E, tuple(slices), gathered)

@@ -1,22 +1,100 @@
 """Tokens of a batch, grouped by the slot of their adapter."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
+
+# A slot with more tokens than these gets products of its own; padding the others to as many would cost more.
+FEW_TOKENS = 8
 
 
 @dataclass(frozen=True)
 class Segment:
-    """The tokens that share an adapter: ``tokens`` is an int64 index of shape (T_segment,), or a slice when they are
-    neighbours, which spares the gather."""
+    """The tokens that share an adapter; ``spans`` are ranges of neighbours in the batch, in order."""
 
     slot: int
-    tokens: torch.Tensor | slice
-    num_tokens: int
+    spans: tuple[range, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(map(len, self.spans))
 
 
-def group_tokens(slots: Sequence[int], lengths: Sequence[int], device: torch.device) -> list[Segment]:
+@dataclass(frozen=True)
+class Tokens:
+    """Where the tokens of S neighbouring slots are, K of each, the slots with fewer padded.
+
+    Attributes:
+        source: the token of each place of ``(S, K)``, flat; a slice where they are neighbours.
+        filled: the places that are no padding; None where there is none.
+        target: the tokens of those places.
+    """
+
+    num_slots: int
+    source: slice | torch.Tensor
+    filled: torch.Tensor | None
+    target: slice | torch.Tensor
+
+    def take(self, values_T: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """``(S, K, ...)`` of ``(T, ...)``: a view where the tokens are neighbours and the type is the same."""
+        taken = values_T[self.source] if isinstance(self.source, slice) else values_T.index_select(0, self.source)
+        return taken.to(dtype).view(self.num_slots, -1, *values_T.shape[1:])
+
+    def put(self, values_T: torch.Tensor, taken: torch.Tensor) -> None:
+        """The way back: write ``(S, K, ...)`` to the tokens' places, unless it is the view that `take` gave."""
+        flat = taken.flatten(0, 1)
+        if self.filled is not None:
+            flat = flat.index_select(0, self.filled)
+        if isinstance(self.target, torch.Tensor):
+            values_T.index_copy_(0, self.target, flat.to(values_T.dtype))
+        elif values_T.dtype != flat.dtype or values_T[self.target].data_ptr() != flat.data_ptr():
+            values_T[self.target] = flat
+
+
+@dataclass
+class TokenBatch:
+    """A batch's segments by slot, and their `Tokens` by run of slots, which all layers share."""
+
+    segments: tuple[Segment, ...]
+    device: torch.device
+    key: tuple[tuple[int, bool], ...] = ()
+    _tokens: dict[tuple[int, int], Tokens] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.key = tuple((segment.slot, segment.num_tokens > FEW_TOKENS) for segment in self.segments)
+
+    def tokens(self, first: int, count: int) -> Tokens:
+        """Those of the slots ``first`` to ``first + count - 1``."""
+        if (first, count) not in self._tokens:
+            self._tokens[first, count] = self._find(first, count)
+        return self._tokens[first, count]
+
+    def _find(self, first: int, count: int) -> Tokens:
+        own = {segment.slot: segment for segment in self.segments if first <= segment.slot < first + count}
+        spans = [span for slot in sorted(own) for span in own[slot].spans]
+        width = max(segment.num_tokens for segment in own.values())
+        is_full = len(own) == count and all(segment.num_tokens == width for segment in own.values())
+        if is_full and all(left.stop == right.start for left, right in pairwise(spans)):
+            place = slice(spans[0].start, spans[-1].stop)
+            return Tokens(count, place, None, place)
+        source: list[int] = []
+        filled: list[int] = []
+        for slot in range(first, first + count):
+            tokens = [token for span in own[slot].spans for token in span] if slot in own else []
+            filled += range(len(source), len(source) + len(tokens))
+            source += tokens + [spans[0].start] * (width - len(tokens))
+        all_of_them = self._index(source)
+        if is_full:
+            return Tokens(count, all_of_them, None, all_of_them)
+        return Tokens(count, all_of_them, self._index(filled), self._index([source[place] for place in filled]))
+
+    def _index(self, numbers: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(numbers, dtype=torch.int64).to(self.device, non_blocking=True)
+
+
+def group_tokens(slots: Sequence[int], lengths: Sequence[int], device: torch.device) -> TokenBatch:
     """Group the tokens of a batch by slot.
 
     Args:
@@ -34,11 +112,4 @@ def group_tokens(slots: Sequence[int], lengths: Sequence[int], device: torch.dev
             else:
                 runs.append(range(start, start + length))
         start += length
-    return [_segment(slot, spans[slot], device) for slot in sorted(spans)]
-
-
-def _segment(slot: int, runs: list[range], device: torch.device) -> Segment:
-    if len(runs) == 1:
-        return Segment(slot, slice(runs[0].start, runs[0].stop), len(runs[0]))
-    index = torch.tensor([token for run in runs for token in run], dtype=torch.int64)
-    return Segment(slot, index.to(device, non_blocking=True), len(index))
+    return TokenBatch(tuple(Segment(slot, tuple(spans[slot])) for slot in sorted(spans)), device)

@@ -1,6 +1,6 @@
 """SGLang's own parallel layers, wrapped, for every rank: shards as the layers have them, KV heads replicated included.
 
-The engine on the CPU platform cannot have fewer KV heads than ranks, so the layers are built here without it.
+More head counts and TP degrees than engines can be started for (`test_tp_degrees`), so the layers are built without.
 """
 
 import itertools
@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bdlora_kernels import LayerFactors, PackedFactors, group_tokens
+from bdlora_kernels import BatchedFactors, PackedFactors, group_tokens
 from bdlora_sglang.adapter import Adapter
 from tests.serving.zoo import Zoo
 
@@ -115,7 +115,7 @@ def test_row_parallel_partial_sums(zoo: Zoo, as_rank: Any, tp: int, nblocks: int
     torch.testing.assert_close(total, expected, atol=1e-4, rtol=1e-5)
 
 
-def assert_fits(slot: Any, factors: LayerFactors) -> None:
+def assert_fits(slot: Any, factors: BatchedFactors) -> None:
     """A slot for adapters of this rank takes what the rank holds of one."""
     packed = PackedFactors(factors.a_SE[0], factors.b_SE[0], factors.slices[0])
     assert slot.fits(type(slot).of(packed)), (slot, type(slot).of(packed))
@@ -138,7 +138,7 @@ def _forward(adapter: Adapter, kind: str, layer: torch.nn.Module, x: torch.Tenso
     return wrapped(x)[0]
 
 
-def _local_factors(adapter: Adapter, kind: str, layer: torch.nn.Module, sharding: Any) -> LayerFactors:
+def _local_factors(adapter: Adapter, kind: str, layer: torch.nn.Module, sharding: Any) -> BatchedFactors:
     """The factors of the first layer that this rank holds, in slot 0 of a pool."""
     from bdlora_sglang.serving.layers import served_modules
     from bdlora_sglang.serving.local_adapter import load_local_adapter
@@ -151,7 +151,9 @@ def _local_factors(adapter: Adapter, kind: str, layer: torch.nn.Module, sharding
     first = {name: module for name, module in adapter.modules.items() if ".layers.0." in name}
     own = Adapter(adapter.config, first, adapter.checkpoint)
     (packed,) = load_local_adapter("test", own, served, sharding, torch.float32, pin_memory=False).layers.values()
-    return LayerFactors(packed.a_E[None], packed.b_E[None], [packed.slices])
+    factors = BatchedFactors.allocate(1, packed.a_E.numel(), packed.b_E.numel(), torch.float32, torch.device("cpu"))
+    factors.write(0, packed)
+    return factors
 
 
 @pytest.mark.parametrize("lora_rank", [3, 8])
@@ -164,7 +166,7 @@ def test_fully_sharded_qkv(zoo: Zoo, as_rank: Any, kv_heads: int, tp: int, block
     """
     from sglang.srt.layers.linear import QKVParallelLinear
 
-    from bdlora_kernels.fully_sharded import expand, shrink
+    from bdlora_kernels.batched import expand, shrink
     from bdlora_sglang.serving.fully_sharded import FullySharded
 
     nblocks = None if blocks == "plain" else int(blocks)
@@ -203,7 +205,7 @@ def test_fully_sharded_row_parallel(zoo: Zoo, as_rank: Any, tp: int, nblocks: in
     """Shrink outputs added up as an all-reduce does; each rank adds its own slice of the output."""
     from sglang.srt.layers.linear import RowParallelLinear
 
-    from bdlora_kernels.fully_sharded import expand, shrink
+    from bdlora_kernels.batched import expand, shrink
     from bdlora_sglang.serving.fully_sharded import FullySharded
 
     model = zoo.model("llama")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from bdlora_kernels import LayerFactors, UnpackedSlice, add_lora_delta, group_tokens, pack
+from bdlora_kernels import BatchedFactors, UnpackedSlice, add_lora_delta, group_tokens, pack
 
 INPUTS, OUTPUTS = 67, 53  # odd, so that nothing is aligned by luck
 SLOTS = 5
@@ -65,7 +65,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 def make_factors(
     by_slot: Sequence[list[Window]], dtype: torch.dtype, seed: int = 0
-) -> tuple[LayerFactors, list[list[UnpackedSlice]]]:
+) -> tuple[BatchedFactors, list[list[UnpackedSlice]]]:
     """Random factors, packed into slots whose unused elements are NaN, and as they were before packing."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -80,15 +80,12 @@ def make_factors(
     a_size, b_size = (
         max(getattr(factors, name).numel() for factors in packed if factors is not None) + 5 for name in ("a_E", "b_E")
     )
-    factors = LayerFactors(
-        a_SE=torch.full((len(by_slot), a_size), float("nan"), dtype=dtype),
-        b_SE=torch.full((len(by_slot), b_size), float("nan"), dtype=dtype),
-        slices=[() if one is None else one.slices for one in packed],
-    )
+    factors = BatchedFactors.allocate(len(by_slot), a_size, b_size, dtype, torch.device("cpu"))
+    factors.a_SE.fill_(float("nan"))
+    factors.b_SE.fill_(float("nan"))
     for slot, one in enumerate(packed):
         if one is not None:
-            factors.a_SE[slot, : one.a_E.numel()] = one.a_E
-            factors.b_SE[slot, : one.b_E.numel()] = one.b_E
+            factors.write(slot, one)
     return factors, unpacked
 
 
@@ -162,6 +159,42 @@ def test_every_slot_different(requests: list[tuple[int, int]], dtype: torch.dtyp
     """Plain and block adapters of several ranks, and one that does not touch this layer, in one batch."""
     by_slot = [SLICES["plain-rank16"], SLICES["qkv"], [], SLICES["row-blocks"], SLICES["plain-rank1"]]
     check(by_slot, requests, dtype, strided)
+
+
+BETWEEN: dict[str, list[list[Window]]] = {
+    "nothing-here": [whole(4), [], whole(4)],
+    "another-layout": [whole(4), SLICES["qkv"], whole(4)],
+    "the-same-layout": [whole(4)] * 3,
+}
+
+
+@pytest.mark.parametrize("between", [True, False], ids=["used", "unused"])
+@pytest.mark.parametrize("by_slot", BETWEEN.values(), ids=BETWEEN)
+def test_a_slot_between_two_of_one_product(by_slot: list[list[Window]], between: bool) -> None:
+    """Slots 0 and 2 are laid out alike; what stands between must neither reach them nor be reached."""
+    requests = [(2, 1), (1, 2), (0, 1)] if between else [(2, 1), (0, 3)]
+    check(by_slot, requests, torch.float32)
+
+
+def test_a_slot_is_written_again() -> None:
+    """Another adapter in a slot that has served, and none at last."""
+    factors, _ = make_factors([whole(4)] * 2, torch.float32)
+    _, unpacked = make_factors([SLICES["plain-rank1"], SLICES["plain-rank1"]], torch.float32, seed=5)
+    requests = [(0, 2), (1, 1)]
+    batch = group_tokens([0, 1], [2, 1], torch.device("cpu"))
+    x_TI = torch.randn(3, INPUTS)
+    add_lora_delta(torch.zeros(3, OUTPUTS), x_TI, factors, batch)
+    for slot in (0, 1):
+        factors.write(slot, pack(unpacked[slot]))
+    y_TO = torch.zeros(3, OUTPUTS)
+    add_lora_delta(y_TO, x_TI, factors, batch)
+    expected, _, _ = dense(torch.zeros(3, OUTPUTS), x_TI, unpacked, requests)
+    torch.testing.assert_close(y_TO.double(), expected, atol=1e-5, rtol=1e-5)
+    factors.clear(1)
+    y_TO = torch.zeros(3, OUTPUTS)
+    add_lora_delta(y_TO, x_TI, factors, batch)
+    torch.testing.assert_close(y_TO[:2].double(), expected[:2], atol=1e-5, rtol=1e-5)
+    assert not y_TO[2].any()
 
 
 @pytest.mark.parametrize("seed", range(30))
