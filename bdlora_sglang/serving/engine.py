@@ -9,9 +9,17 @@ from sglang.srt.entrypoints.http_server import launch_server as sglang_launch_se
 from sglang.srt.server_args import ServerArgs
 
 from bdlora_sglang.errors import BDLoRAError
-from bdlora_sglang.serving.hardware import cpu_defaults, gpu_defaults, has_accelerator, use_cpu_platform
+from bdlora_sglang.serving.checks import check_server_args
+from bdlora_sglang.serving.cpu.cores import leave_ranks_alone
+from bdlora_sglang.serving.hardware import (
+    cpu_defaults,
+    gpu_defaults,
+    has_accelerator,
+    on_cpu_platform,
+    use_cpu_platform,
+)
 from bdlora_sglang.serving.options import LoRASharding, ServingOptions
-from bdlora_sglang.serving.process import run_scheduler_process
+from bdlora_sglang.serving.process import run_detokenizer_process, run_scheduler_process
 from bdlora_sglang.serving.scheduler import BDLoRAScheduler
 
 TESTED_SGLANG = ("0.5.23",)
@@ -26,7 +34,8 @@ class Engine(SGLangEngine):
         allow_untested_sglang: go on with an SGLang version that this package was not tested with.
 
     Raises:
-        BDLoRAError: an SGLang version that was not tested, pipeline parallelism, or options that contradict each other.
+        BDLoRAError: an SGLang version that was not tested, pipeline parallelism, a TP degree that the
+            model cannot be split over, or options that contradict each other.
     """
 
     scheduler_class = BDLoRAScheduler
@@ -47,10 +56,12 @@ class Engine(SGLangEngine):
             check_parallelism(kwargs.get("pp_size", 1))
             sizes = kwargs.get("tp_size", 1), kwargs.get("dp_size", 1)
             kwargs = {**platform_defaults(*sizes, options.lora_sharding), **kwargs}
+        check_server_args(kwargs.get("server_args") or self.server_args_class(**kwargs))
         # An attribute that SGLang provides for private forks of its processes.
         self.run_scheduler_process_func = partial(
             run_scheduler_process, options=options, scheduler_class=self.scheduler_class
         )
+        self.run_detokenizer_process_func = run_detokenizer_process
         super().__init__(**kwargs)
 
 
@@ -63,6 +74,9 @@ def launch_server(server_args: ServerArgs, options: ServingOptions) -> None:
         sglang_launch_server(server_args)
         return
     check_parallelism(server_args.pp_size)
+    check_server_args(server_args)
+    if on_cpu_platform():
+        leave_ranks_alone()
     sglang_launch_server(server_args, run_scheduler_process_func=partial(run_scheduler_process, options=options))
 
 

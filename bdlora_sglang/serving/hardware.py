@@ -4,15 +4,14 @@ import os
 
 import torch
 
+from bdlora_sglang.serving.cpu.cores import choose_binding
 from bdlora_sglang.serving.options import LoRASharding
 
 # Named here, not in platform.py: SGLang imports that file itself, in the midst of its own import.
 PLATFORM_NAME = "bdlora_cpu"
+ATTENTION_BACKEND = "bdlora_cpu"
 
 _NO_CUDA_GRAPHS: dict[str, object] = {"cuda_graph_backend_decode": "disabled", "cuda_graph_backend_prefill": "disabled"}
-
-_BINDING = "SGLANG_CPU_OMP_THREADS_BIND"
-_chosen_binding: str | None = None
 
 
 def has_accelerator() -> bool:
@@ -23,30 +22,28 @@ def has_accelerator() -> bool:
     return chosen is None and torch.accelerator.is_available()
 
 
+def on_cpu_platform() -> bool:
+    """Whether our CPU platform was chosen, here or in the process that started this one."""
+    return os.environ.get("SGLANG_PLATFORM") == PLATFORM_NAME
+
+
 def use_cpu_platform(num_ranks: int) -> None:
-    """Choose the CPU platform for this process and its children, and give each rank its cores."""
-    global _chosen_binding
+    """Choose the CPU platform for this process and its children; ``num_ranks`` of them share this machine's cores."""
+    from sglang.srt.arg_groups.choices import ATTENTION_BACKEND_CHOICES, add_attention_backend_choices
+
     os.environ["SGLANG_PLATFORM"] = PLATFORM_NAME
-    # The user's binding stays; ours was for the engine before this one, which may have had other ranks.
-    if os.environ.get(_BINDING, _chosen_binding) == _chosen_binding:
-        _chosen_binding = bind_cores(sorted(os.sched_getaffinity(0)), num_ranks)
-        os.environ[_BINDING] = _chosen_binding
-
-
-def bind_cores(cores: list[int], num_ranks: int) -> str:
-    """SGLang's ``SGLANG_CPU_OMP_THREADS_BIND``: cores of rank 0 | cores of rank 1 | ...; ranks share few cores."""
-    share = max(1, len(cores) // num_ranks)
-    groups = ([cores[(rank * share + i) % len(cores)] for i in range(share)] for rank in range(num_ranks))
-    return "|".join(",".join(map(str, group)) for group in groups)
+    if ATTENTION_BACKEND not in ATTENTION_BACKEND_CHOICES:
+        add_attention_backend_choices([ATTENTION_BACKEND])
+    choose_binding(num_ranks)
 
 
 def cpu_defaults() -> dict[str, object]:
     """SGLang server arguments for the CPU platform, by their names in ``ServerArgs``."""
     return {
         "device": "cpu",
-        "attention_backend": "torch_native",
+        "attention_backend": ATTENTION_BACKEND,
         "sampling_backend": "pytorch",
-        "grammar_backend": "none",
+        "grammar_backend": "xgrammar",
         **_NO_CUDA_GRAPHS,
         # SGLang would size the KV cache by the whole memory of the machine, on every rank.
         "mem_fraction_static": 0.2,

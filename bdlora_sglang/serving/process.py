@@ -4,10 +4,12 @@ import logging
 import os
 import signal
 from multiprocessing.connection import Connection
+from typing import Any
 
 import psutil
 from sglang.srt.distributed.parallel_state import abort_distributed_environment
 from sglang.srt.environ import envs
+from sglang.srt.managers.detokenizer_manager import run_detokenizer_process as sglang_run_detokenizer_process
 from sglang.srt.managers.scheduler import configure_scheduler_process, resolve_spawn_dp_rank
 from sglang.srt.observability.trace import process_tracing_init, trace_set_thread_info
 from sglang.srt.plugins import load_plugins
@@ -15,6 +17,8 @@ from sglang.srt.runtime_context import SpawnRanks, get_disagg, get_observability
 from sglang.srt.server_args import PortArgs, ServerArgs
 from sglang.utils import get_exception_traceback
 
+from bdlora_sglang.serving.cpu.cores import bind_rank, leave_ranks_alone
+from bdlora_sglang.serving.hardware import on_cpu_platform
 from bdlora_sglang.serving.options import ServingOptions
 from bdlora_sglang.serving.report import print_adapters
 from bdlora_sglang.serving.scheduler import BDLoRAScheduler
@@ -40,6 +44,7 @@ def run_scheduler_process(
     scheduler_class: type[BDLoRAScheduler] = BDLoRAScheduler,
 ) -> None:
     """Run a scheduler until it is told to stop. The positional arguments are SGLang's."""
+    own_cores = bind_rank(gpu_id - server_args.base_gpu_id) if on_cpu_platform() else None
     load_plugins()
     dp_rank = resolve_spawn_dp_rank(dp_rank)
     world_rank = spawn_world_rank(server_args, tp_rank=tp_rank, pp_rank=pp_rank)
@@ -51,6 +56,8 @@ def run_scheduler_process(
         display_dp_rank=display_dp_rank,
         display_moe_ep_rank=display_moe_ep_rank,
     )
+    if own_cores is not None:
+        logger.info(f"This rank runs on {own_cores}.")
     parent_process = psutil.Process().parent()
     _init_tracing(tp_rank, dp_rank, pp_rank)
 
@@ -69,6 +76,13 @@ def run_scheduler_process(
     finally:
         if scheduler is not None:
             _shut_down(scheduler)
+
+
+def run_detokenizer_process(*arguments: Any, **options: Any) -> None:
+    """SGLang's detokenizer, out of the ranks' way."""
+    if on_cpu_platform():
+        leave_ranks_alone()
+    sglang_run_detokenizer_process(*arguments, **options)
 
 
 def _init_tracing(tp_rank: int, dp_rank: int | None, pp_rank: int) -> None:

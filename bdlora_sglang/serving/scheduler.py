@@ -4,6 +4,7 @@ from typing import Any
 
 from sglang.srt.lora.lora_registry import LoRARef
 from sglang.srt.managers.io_struct import (
+    GetWeightsByNameReqInput,
     LoadLoRAAdapterFromTensorsReqInput,
     LoadLoRAAdapterReqInput,
     LoRAUpdateOutput,
@@ -12,22 +13,52 @@ from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.tp_worker import TpModelWorker
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.runtime_context import get_device, get_lora, get_parallel, get_schedule
+from sglang.srt.utils import is_cpu
 
 from bdlora_sglang.errors import BDLoRAError
 from bdlora_sglang.serving.agreement import load_together
 from bdlora_sglang.serving.backend import BDLoRABackend
+from bdlora_sglang.serving.cpu.linear import unpacked
 from bdlora_sglang.serving.layers import ColumnParallelLinearWithBDLoRA, RowParallelLinearWithBDLoRA
 from bdlora_sglang.serving.manager import BDLoRAManager
 from bdlora_sglang.serving.options import ServingOptions
 from bdlora_sglang.serving.pool import BDLoRAMemoryPool
 
+# Those that SGLang pads in a model's config on the CPU (``configs/update_config.py``).
+_HEAD_COUNTS = ("num_attention_heads", "num_key_value_heads", "swa_num_attention_heads", "swa_num_key_value_heads")
+
 
 class BDLoRAModelRunner(ModelRunner):
-    """Builds `BDLoRAManager`."""
+    """Builds `BDLoRAManager`, and on the CPU splits heads as on a GPU."""
 
     def __init__(self, *args: Any, options: ServingOptions, **kwargs: Any) -> None:
         self.options = options
         super().__init__(*args, **kwargs)
+
+    def load_model(self) -> None:
+        self._head_counts = self._read_head_counts()
+        super().load_model()
+
+    def _load_format_scope(self, load_format: str | None) -> Any:
+        # SGLang calls this after it has padded the head counts of any model on a "cpu", and before it builds the model.
+        # Only its own CPU build loads weights into padded heads. Without it the counts must be the model's own: fewer
+        # KV heads than ranks are then replicated.
+        if not is_cpu():
+            for config, counts in self._head_counts:
+                for name in _HEAD_COUNTS:
+                    if name in counts:
+                        setattr(config, name, counts[name])
+                    elif hasattr(config, name):
+                        delattr(config, name)
+        return super()._load_format_scope(load_format)
+
+    def _read_head_counts(self) -> list[tuple[object, dict[str, object]]]:
+        configs = (self.model_config, self.model_config.hf_config, self.model_config.hf_text_config)
+        return [(c, {name: getattr(c, name) for name in _HEAD_COUNTS if hasattr(c, name)}) for c in configs]
+
+    def check_weights(self, *args: Any, **kwargs: Any) -> Any:
+        with unpacked(self.model):
+            return super().check_weights(*args, **kwargs)
 
     def init_lora_manager(self) -> None:
         self.lora_manager = BDLoRAManager(
@@ -66,6 +97,10 @@ class BDLoRATpWorker(TpModelWorker):
             load_group=self.load_group,
             options=self.options,
         )
+
+    def get_weights_by_name(self, recv_req: GetWeightsByNameReqInput) -> Any:
+        with unpacked(self.model_runner.model):
+            return super().get_weights_by_name(recv_req)
 
     def load_lora_adapter(self, recv_req: LoadLoRAAdapterReqInput) -> LoRAUpdateOutput:
         return self._load_together(lambda: super(BDLoRATpWorker, self).load_lora_adapter(recv_req), recv_req.to_ref())

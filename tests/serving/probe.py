@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from sglang.srt.lora.mem_pool import LoRAMemoryPool
 from sglang.srt.runtime_context import get_parallel
 
@@ -18,7 +19,7 @@ PROBE_FOLDER = "BDLORA_TEST_PROBE_FOLDER"
 
 
 class ProbedScheduler(BDLoRAScheduler):
-    """Writes ``rank<N>.json`` before it serves, and ``changed<N>.json`` then and after each unloaded adapter."""
+    """Writes ``rank<N>.json`` and ``cores<N>.json`` before it serves, ``changed<N>.json`` then and after each unload."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._sglang_before = sglang_objects()
@@ -26,6 +27,7 @@ class ProbedScheduler(BDLoRAScheduler):
 
     def run_event_loop(self) -> None:
         self._report("rank", self._measure())
+        self._report("cores", _cores())
         self._report("changed", changed(self._sglang_before, sglang_objects()))
         super().run_event_loop()
 
@@ -72,3 +74,10 @@ class ProbedScheduler(BDLoRAScheduler):
             "pool_bytes": sum(factors.a_SE.nbytes + factors.b_SE.nbytes for factors in ours.factors.values()),
             "sglang_pool_bytes": sum(tensor.nbytes for by_layer in buffers for tensor in by_layer),
         }
+
+
+def _cores() -> dict[str, Any]:
+    """Threads of parallel regions, and the cores that the threads of this process may run on."""
+    threads = [int(thread.name) for thread in Path("/proc/self/task").iterdir()]
+    affinities = {tuple(sorted(os.sched_getaffinity(thread))) for thread in threads}
+    return {"threads": torch.get_num_threads(), "affinities": sorted(affinities)}

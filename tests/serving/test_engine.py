@@ -2,6 +2,7 @@
 
 import atexit
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from bdlora_perf.collectives.count import Collective, count_collectives, traffic_elements
 from bdlora_perf.reference import PeftReference
 from bdlora_sglang.adapter import Adapter
+from bdlora_sglang.serving.cpu.cores import physical_cores, share_out
 from tests.serving.probe import PROBE_FOLDER, ProbedScheduler
 from tests.serving.zoo import CASES, CI_CASES, FREE, OVERRIDES, PROMPTS, SHARDED, Zoo
 
@@ -179,6 +181,13 @@ def assert_holds_one_nth_of_the_dense_factors(case: Case) -> None:
         assert own["host_bytes"] * case.tp == dense or not even
         assert own["pool_bytes"] == own["host_bytes"]
         assert own["pool_bytes"] < own["sglang_pool_bytes"] or case.tp == 1
+
+
+def test_each_rank_has_its_cores(case: Case) -> None:
+    shares = share_out(physical_cores(os.sched_getaffinity(0)), case.tp)
+    for rank, share in enumerate(shares):
+        own = json.loads((case.probe / f"cores{rank}.json").read_text())
+        assert own == {"threads": len(share), "affinities": [share]}
 
 
 def test_adapter_from_tensors(case: Case) -> None:

@@ -59,16 +59,6 @@ def test_the_machines_defaults_give_way_to_the_user(model: Path) -> None:
     assert server_args(model, 1, [], []).max_total_tokens != 99
 
 
-@pytest.mark.parametrize(
-    ("cores", "ranks", "expected"),
-    [([0, 1], 1, "0,1"), ([0, 1], 2, "0|1"), ([0, 1], 4, "0|1|0|1"), ([0, 1, 2, 3, 4], 2, "0,1|2,3")],
-)
-def test_cores_are_shared_out(cores: list[int], ranks: int, expected: str) -> None:
-    from bdlora_sglang.serving.hardware import bind_cores
-
-    assert bind_cores(cores, ranks) == expected
-
-
 def test_a_folder_of_adapters(zoo: Zoo, model: Path, adapter: Path) -> None:
     other = zoo.adapter(model, "plain-r16", rank=16, seed=1)
     found = find_adapters([str(adapter.parent)])

@@ -4,13 +4,14 @@ SGLang finds it through the entry point group ``sglang.srt.platforms``; ``SGLANG
 """
 
 import os
+from typing import Any
 
 import torch
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 
-from bdlora_sglang.serving.hardware import PLATFORM_NAME
+from bdlora_sglang.serving.hardware import ATTENTION_BACKEND, PLATFORM_NAME
 
 
 def activate() -> str | None:
@@ -21,12 +22,29 @@ def activate() -> str | None:
 
 
 class BDLoRACpuPlatform(CpuDeviceMixin, SRTPlatform):
-    """Torch-native attention, gloo collectives, no pinned memory (SGLang: ``SRTPlatform``)."""
+    """What SGLang asks of a platform, answered for a CPU without SGLang's own kernels (SGLang: ``SRTPlatform``)."""
 
     _enum = PlatformEnum.OOT
 
     def get_default_attention_backend(self) -> str:
-        return "torch_native"
+        return ATTENTION_BACKEND
+
+    def init_backend(self) -> None:
+        # SGLang asks for the platform in the midst of importing most of what is imported here.
+        from sglang.srt.layers.attention.attention_registry import register_attention_backend
+
+        register_attention_backend(ATTENTION_BACKEND)(_attention)
+
+    def post_load_model(self, model: torch.nn.Module) -> None:
+        from bdlora_sglang.serving.cpu.linear import pack_linear_layers
+
+        pack_linear_layers(model)
+
+    def get_torch_distributed_backend_str(self) -> str:
+        from bdlora_sglang.serving.cpu.process_group import BACKEND, register_backend
+
+        register_backend()
+        return BACKEND
 
     def is_pin_memory_available(self, device: object = None) -> bool:
         return False
@@ -36,3 +54,9 @@ class BDLoRACpuPlatform(CpuDeviceMixin, SRTPlatform):
 
     def get_torch_profiler_activity(self) -> torch.profiler.ProfilerActivity:
         return torch.profiler.ProfilerActivity.CPU
+
+
+def _attention(model_runner: Any) -> Any:
+    from bdlora_sglang.serving.cpu.attention import BatchedAttention
+
+    return BatchedAttention(model_runner)

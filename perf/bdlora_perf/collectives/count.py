@@ -15,6 +15,9 @@ from bdlora_perf.collectives.trace import read_traces
 
 # Collectives of the model. Broadcasts are left out: the scheduler hands requests to the ranks with them.
 _OPERATIONS = {
+    # Those over shared memory (`SharedMemoryGroup`) do not pass through PyTorch's own.
+    "bdlora::all_reduce": "all_reduce",
+    "bdlora::all_gather": "all_gather",
     "c10d::allreduce_": "all_reduce",
     "c10d::allgather_": "all_gather",
     "c10d::_allgather_base_": "all_gather",

@@ -16,6 +16,8 @@ _PHASES = {"EXTEND": "prefill", "DECODE": "decode"}
 # Events that do not contain one another, by the part of a forward's time that they are. The collectives' are those of
 # the thread that runs them; the model waits for each.
 _PARTS = {
+    "bdlora::all_reduce": "collectives",
+    "bdlora::all_gather": "collectives",
     "gloo:all_reduce": "collectives",
     "gloo:all_gather": "collectives",
     "aten::mm": "products",

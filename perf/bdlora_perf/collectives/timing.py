@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
-from bdlora_sglang.serving.hardware import bind_cores
+from bdlora_sglang.serving.cpu.cores import physical_cores, share_out
+from bdlora_sglang.serving.cpu.process_group import BACKEND, register_backend
 
 _WARMUPS = 3
 _REPETITIONS = 15
@@ -39,7 +40,8 @@ class Timing:
 
 
 def backend() -> str:
-    return "nccl" if torch.cuda.is_available() else "gloo"
+    """The backend that the engine's ranks use on this machine."""
+    return "nccl" if torch.cuda.is_available() else BACKEND
 
 
 def time_collectives(messages: Sequence[Message], num_ranks: int, rounds: int, seed: int) -> list[Timing]:
@@ -64,9 +66,10 @@ def _run_rank(rank: int, num_ranks: int, messages: list[Message], rounds: int, s
         torch.cuda.set_device(rank)
         device = torch.device("cuda", rank)
     else:
-        cores = bind_cores(sorted(os.sched_getaffinity(0)), num_ranks).split("|")[rank]
-        os.sched_setaffinity(0, {int(core) for core in cores.split(",")})
-        torch.set_num_threads(len(cores.split(",")))
+        cores = share_out(physical_cores(os.sched_getaffinity(0)), num_ranks)[rank]
+        os.sched_setaffinity(0, cores)
+        torch.set_num_threads(len(cores))
+        register_backend()
         device = torch.device("cpu")
     # PyTorch has a new name for all_gather_into_tensor, which older versions do not know.
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -7,7 +7,13 @@ from tests.serving.api.served import SLOTS, TP, Served
 from tests.serving.server import running_server
 from tests.serving.zoo import Zoo
 
-FLAGS = ("--dtype", "float32", "--max-running-requests", 16, "--chunked-prefill-size", 32, "--enable-metrics")
+FLAGS = (
+    *("--dtype", "float32", "--max-running-requests", 16, "--chunked-prefill-size", 32, "--enable-metrics"),
+    # JSON may have any white space between its tokens, and a random model goes on with it for ever.
+    "--constrained-json-disable-any-whitespace",
+    # One whose calls, required or named, are JSON that follows the tool's schema.
+    *("--tool-call-parser", "pythonic"),
+)
 
 
 @pytest.fixture(scope="package")

@@ -1,0 +1,119 @@
+"""What cannot be served, found before any process starts: TP degrees that do not fit the model, grammar backends."""
+
+import json
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+from sglang.srt.server_args import ServerArgs
+from sglang.srt.utils.hf_transformers.common import get_hf_text_config
+from sglang.srt.utils.hf_transformers.config import get_config
+
+from bdlora_sglang.errors import BDLoRAError
+from bdlora_sglang.serving.hardware import on_cpu_platform
+
+# By its presence a config has experts, whose intermediate size SGLang splits in ways of its own (``--ep-size``).
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
+
+# llguidance reads JSON schemas to the letter: SGLang's schema of a tool that a request names does not say that a call
+# is an object, so any number or list passes. It also ignores that "required" asks for one call at least.
+_CPU_GRAMMAR_BACKENDS = ("xgrammar", "outlines", "none")
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """What tensor parallelism splits of a model, whole. ``intermediate_size`` is None where nothing checks it."""
+
+    heads: int
+    kv_heads: int
+    intermediate_size: int | None = None
+
+    def allows(self, tp: int) -> bool:
+        """Whether SGLang's layers can be split over ``tp`` ranks, as on a GPU (``srt/layers/linear.py``)."""
+        return self._heads_split(tp) and self._kv_heads_split(tp) and self._intermediate_splits(tp)
+
+    def _heads_split(self, tp: int) -> bool:
+        return self.heads % tp == 0
+
+    def _kv_heads_split(self, tp: int) -> bool:
+        # With fewer KV heads than ranks, each head is on several ranks.
+        return self.kv_heads % tp == 0 or tp % self.kv_heads == 0
+
+    def _intermediate_splits(self, tp: int) -> bool:
+        return self.intermediate_size is None or self.intermediate_size % tp == 0
+
+    def expected(self, tp: int) -> str:
+        """What a degree must be that ``tp`` is not, in words."""
+        if not self._heads_split(tp):
+            return f"a divisor of the model's {self.heads} attention heads ({self.kv_heads} KV heads)"
+        if not self._kv_heads_split(tp):
+            return f"a divisor or a multiple of the model's {self.kv_heads} KV heads ({self.heads} attention heads)"
+        return f"a divisor of the model's intermediate size {self.intermediate_size} ({self.heads} attention heads)"
+
+
+def check_tp(tp: int, sizes: ModelSizes) -> None:
+    """Raise `BDLoRAError` with the degrees that are possible unless the model can be split over ``tp`` ranks."""
+    if sizes.allows(tp):
+        return
+    *most, last = [str(degree) for degree in range(1, sizes.heads + 1) if sizes.allows(degree)]
+    degrees = f"{', '.join(most)} or {last}" if most else last
+    raise BDLoRAError(f"--tp: found {tp}, expected {sizes.expected(tp)}: {degrees}")
+
+
+def model_sizes(hf_config: Any) -> ModelSizes | None:
+    """Sizes of the language model in a transformers config, multimodal or not; None where it has no attention heads."""
+    config = get_hf_text_config(hf_config)
+    heads = getattr(config, "num_attention_heads", None)
+    if not isinstance(heads, int) or heads < 1:
+        return None
+    kv_heads = getattr(config, "num_key_value_heads", None)
+    dense = all(getattr(config, name, None) is None for name in _EXPERTS)
+    intermediate_size = getattr(config, "intermediate_size", None) if dense else None
+    return ModelSizes(
+        heads,
+        kv_heads if isinstance(kv_heads, int) and kv_heads > 0 else heads,
+        intermediate_size if isinstance(intermediate_size, int) else None,
+    )
+
+
+def check_model(server_args: ServerArgs) -> None:
+    """Raise `BDLoRAError` when the model cannot be split over the ranks. Reads its config, and none of its weights.
+
+    A config that cannot be read is left to SGLang, which says so itself, or finds the model elsewhere. So is attention
+    that is split by other rules than ``--tp``.
+    """
+    if server_args.enable_dp_attention or server_args.attn_cp_size > 1 or server_args.tp_size == 1:
+        return
+    try:
+        hf_config = get_config(
+            server_args.model_path,
+            trust_remote_code=server_args.trust_remote_code,
+            revision=server_args.revision,
+            model_override_args=json.loads(server_args.json_model_override_args),
+        )
+    except (OSError, ValueError):
+        return
+    # SGLang keeps what it has read, and finding the language model in it changes it.
+    if (sizes := model_sizes(deepcopy(hf_config))) is not None:
+        check_tp(server_args.tp_size, sizes)
+
+
+def check_grammar_backend(name: str | None) -> None:
+    """Raise `BDLoRAError` for a ``--grammar-backend`` that does not keep to its grammars on the CPU platform.
+
+    None stands for SGLang's default, xgrammar.
+    """
+    if name is None or name in _CPU_GRAMMAR_BACKENDS:
+        return
+    *most, last = _CPU_GRAMMAR_BACKENDS
+    raise BDLoRAError(
+        f"--grammar-backend: found '{name}', expected {', '.join(most)} or {last} on the CPU: with others, a tool that "
+        "a request names may be called with anything"
+    )
+
+
+def check_server_args(server_args: ServerArgs) -> None:
+    """Raise `BDLoRAError` for what these arguments ask for and no server of ours gives. ``resolve_once`` may follow."""
+    check_model(server_args)
+    if on_cpu_platform():
+        check_grammar_backend(server_args.grammar_backend)

@@ -1,0 +1,145 @@
+"""Linear layers whose weights oneDNN has packed once, after loading.
+
+``F.linear`` packs a weight anew in every call, which is a third of a decode step. PyTorch's inductor packs ahead with
+the same operators. SGLang's seams: ``SRTPlatform.post_load_model`` swaps the layers' ``quant_method``, whose
+``restore_weights_before_loading`` and ``process_weights_after_loading`` bracket every update of the weights.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from sglang.srt.layers.linear import ColumnParallelLinear, RowParallelLinear
+from sglang.srt.layers.logits_processor import LogitsProcessor
+from sglang.srt.layers.quantization.unquant import UnquantizedEmbeddingMethod, UnquantizedLinearMethod
+from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from torch.nn.functional import linear, pad
+
+# oneDNN's kernels for one to three rows are slower than the one for four (0.29 ms against 0.22 for a float32 weight of
+# 1024 x 1024 on an AVX-512 core), so few rows are padded. The packed format is the same from two rows on.
+_FEWEST_ROWS = 4
+_ROWS_HINT = 8
+
+
+def can_pack(weight: torch.Tensor) -> bool:
+    """Whether this PyTorch has oneDNN's operators for the type of ``weight``, and the processor the instructions."""
+    if not torch._C._has_mkldnn or weight.layout != torch.strided or weight.device.type != "cpu":
+        return False
+    if not all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise")):
+        return False
+    if weight.dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return weight.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+
+
+def pack(weight: torch.Tensor) -> torch.Tensor:
+    """``weight``, ``(outputs, inputs)``, in oneDNN's own layout; ``to_dense`` gives the same values back."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS_HINT)
+
+
+def packed_linear(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """``x @ packed.T + bias`` for ``x`` of ``(..., inputs)``."""
+    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    if rows == 0:
+        return x.new_zeros(*x.shape[:-1], packed.shape[0])
+    if rows >= _FEWEST_ROWS:
+        return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    padded = pad(x.reshape(rows, x.shape[-1]), (0, 0, 0, _FEWEST_ROWS - rows))
+    output = torch.ops.mkldnn._linear_pointwise(padded, packed, bias, "none", [], "")
+    return output[:rows].view(*x.shape[:-1], packed.shape[0])
+
+
+class PackedLinearMethod(UnquantizedLinearMethod):
+    """Packs ``layer.weight`` itself: no unpacked copy stays, and whoever holds the parameter holds the packed one."""
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        if can_pack(layer.weight):
+            _replace(layer.weight, pack(layer.weight))
+
+    def restore_weights_before_loading(self, layer: Any) -> None:
+        if layer.weight.is_mkldnn:
+            _replace(layer.weight, layer.weight.detach().to_dense())
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        weight = layer.weight
+        return packed_linear(x, weight, bias) if weight.is_mkldnn else linear(x, weight, bias)
+
+
+class PackedLogitsMethod(UnquantizedEmbeddingMethod):
+    """The vocabulary projection of an embedding that is looked up, too (tied), so the unpacked weight stays."""
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        layer.packed_weight = pack(layer.weight) if can_pack(layer.weight) else None
+
+    def restore_weights_before_loading(self, layer: Any) -> None:
+        layer.packed_weight = None
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        packed = layer.packed_weight
+        return linear(x, layer.weight, bias) if packed is None else packed_linear(x, packed, bias)
+
+
+_PACKING = (PackedLinearMethod, PackedLogitsMethod)
+
+
+def pack_linear_layers(model: torch.nn.Module) -> int:
+    """Pack all unquantised parallel linear layers and the vocabulary projection; returns how many were packed.
+
+    Replicated layers stay: models read the weights of some (MoE routers) themselves.
+    """
+    packed = 0
+    for module in model.modules():
+        if not isinstance(module, ColumnParallelLinear | RowParallelLinear):
+            continue
+        if type(module.quant_method) is UnquantizedLinearMethod and can_pack(module.weight):
+            _use(module, PackedLinearMethod())
+            packed += 1
+    for name, head in model.named_modules(remove_duplicate=False):  # tied embeddings have two names
+        if name.rpartition(".")[2] != "lm_head" or not isinstance(head, VocabParallelEmbedding):
+            continue
+        if type(head.quant_method) is UnquantizedEmbeddingMethod and can_pack(head.weight) and _logits_are_plain(model):
+            _use(head, PackedLinearMethod() if _only_projects(head, model) else PackedLogitsMethod())
+            packed += 1
+    return packed
+
+
+@contextmanager
+def unpacked(model: torch.nn.Module) -> Iterator[None]:
+    """The model's weights as they were loaded, for whoever reads them."""
+    layers: list[Any] = [
+        module for module in model.modules() if isinstance(getattr(module, "quant_method", None), _PACKING)
+    ]
+    for layer in layers:
+        layer.quant_method.restore_weights_before_loading(layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.quant_method.process_weights_after_loading(layer)
+
+
+def _use(layer: Any, method: PackedLinearMethod | PackedLogitsMethod) -> None:
+    layer.quant_method = method
+    method.process_weights_after_loading(layer)
+
+
+def _only_projects(head: Any, model: torch.nn.Module) -> bool:
+    """Whether nothing but the logits reads the head's weight, which tied embeddings do."""
+    holders = [module for module in model.modules() if getattr(module, "weight", None) is head.weight]
+    return isinstance(head, ParallelLMHead) and len(holders) == 1
+
+
+def _logits_are_plain(model: torch.nn.Module) -> bool:
+    """Whether logits are computed in the model's own type: the other ways of SGLang read the head's weight."""
+    processors = [module for module in model.modules() if isinstance(module, LogitsProcessor)]
+    return bool(processors) and not any(
+        processor.use_fp32_lm_head or processor.rl_on_policy_target is not None for processor in processors
+    )
+
+
+def _replace(parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
+    """Give a parameter another layout in place: its layer, a LoRA wrapper and the model's loader hold the same one."""
+    other = torch.nn.Parameter(value, requires_grad=False)
+    other.__dict__.update(parameter.__dict__)  # the weight loader's attributes
+    torch.utils.swap_tensors(parameter, other)  # type: ignore[no-untyped-call]
