@@ -10,6 +10,7 @@ from sglang.srt.managers.io_struct import (
     LoRAUpdateOutput,
 )
 from sglang.srt.managers.scheduler import Scheduler
+from sglang.srt.managers.scheduler_components.request_receiver import SchedulerRequestReceiver
 from sglang.srt.managers.tp_worker import TpModelWorker
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.runtime_context import get_device, get_lora, get_parallel, get_schedule
@@ -19,6 +20,8 @@ from bdlora_sglang.errors import BDLoRAError
 from bdlora_sglang.serving.agreement import load_together
 from bdlora_sglang.serving.backend import BDLoRABackend
 from bdlora_sglang.serving.cpu.linear import unpacked
+from bdlora_sglang.serving.cpu.requests import request_receiver_over_shared_memory
+from bdlora_sglang.serving.hardware import on_cpu_platform
 from bdlora_sglang.serving.layers import ColumnParallelLinearWithBDLoRA, RowParallelLinearWithBDLoRA
 from bdlora_sglang.serving.manager import BDLoRAManager
 from bdlora_sglang.serving.options import ServingOptions
@@ -126,6 +129,11 @@ class BDLoRAScheduler(Scheduler):
         super().__init__(*args, **kwargs)
         if self.enable_lora:
             prove_in_place(self.tp_worker.model_runner)
+
+    def init_request_receiver(self) -> None:
+        super().init_request_receiver()
+        if on_cpu_platform():
+            self.request_receiver: SchedulerRequestReceiver = request_receiver_over_shared_memory(self.request_receiver)
 
     def init_tp_model_worker(self) -> None:
         self.tp_worker = BDLoRATpWorker(

@@ -44,9 +44,9 @@ def packed_linear(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | No
     if rows == 0:
         return x.new_zeros(*x.shape[:-1], packed.shape[0])
     if rows >= _FEWEST_ROWS:
-        return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, "none", [], "")
     padded = pad(x.reshape(rows, x.shape[-1]), (0, 0, 0, _FEWEST_ROWS - rows))
-    output = torch.ops.mkldnn._linear_pointwise(padded, packed, bias, "none", [], "")
+    output = torch.ops.mkldnn._linear_pointwise.default(padded, packed, bias, "none", [], "")
     return output[:rows].view(*x.shape[:-1], packed.shape[0])
 
 

@@ -32,6 +32,7 @@ _AXIS_LABELS = {
     "bytes": "message size",
     "concurrency": "concurrency [requests in flight]",
     "request_rate": "request rate [1/s]",
+    "requests": "requests in the batch",
 }
 
 

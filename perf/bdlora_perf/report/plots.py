@@ -15,6 +15,7 @@ _LOAD = ("concurrency", "request_rate")
 _MEMORY = Parts("memory", "Memory", "memory_", pooled=(*_LOAD, "input_len", "output_len", "distribution"))
 _LATENCIES = {"ttft_ms": "TTFT", "tpot_ms": "TPOT", "itl_ms": "ITL", "e2e_latency_ms": "E2E latency"}
 _KERNEL_PANELS = ("phase", "layer")
+_SERVER = ("tp", "dtype")
 
 PLOTS: Mapping[Kind, Sequence[Lines | Percentiles | SpeedUps | Parts | Operations]] = {
     "serve": (
@@ -46,6 +47,12 @@ PLOTS: Mapping[Kind, Sequence[Lines | Percentiles | SpeedUps | Parts | Operation
         _BREAKDOWN,
         Parts("memory", "Memory", "memory_", pooled=("phase",)),
         Lines("throughput", "output_throughput", _LOAD),
+    ),
+    "engine": (
+        SpeedUps("speed-up", panels=("dtype",)),
+        Lines("decode", "decode_ms", ("requests",), _SERVER),
+        Lines("prefill", "prefill_ms", ("requests",), _SERVER),
+        Lines("bandwidth", "decode_bandwidth_gbs", ("requests",), _SERVER),
     ),
 }
 

@@ -13,6 +13,7 @@ _HEADLINES: Mapping[Kind, tuple[str, ...]] = {
     "collectives": ("forward_ms", "time_us"),
     "kernels": ("time_us",),
     "estimate": ("latency_ms", "output_throughput"),
+    "engine": ("decode_ms", "prefill_ms"),
 }
 
 

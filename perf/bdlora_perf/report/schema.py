@@ -10,7 +10,7 @@ from bdlora_sglang.errors import BDLoRAError
 
 SCHEMA_VERSION: Final = 1
 
-Kind = Literal["serve", "collectives", "kernels", "estimate"]
+Kind = Literal["serve", "collectives", "kernels", "estimate", "engine"]
 Value = str | int | float | bool | None
 
 

@@ -24,6 +24,7 @@ GROUPED_BY: Mapping[Kind, tuple[str, ...]] = {
     "collectives": ("operation",),
     "kernels": ("phase", "layer"),
     "estimate": ("phase", "concurrency", "rank"),
+    "engine": ("tp",),
 }
 
 

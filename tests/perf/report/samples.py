@@ -225,9 +225,34 @@ def _estimate() -> Report:
     return _report("estimate", systems, metrics, estimate=True, baselines=("s_lora",), samples=samples)
 
 
+def _engine() -> Report:
+    labels = {"base": "Base model, no LoRA", "bd-2r": "BD-LoRA, rank 2r"}
+    labels |= {f"{name}-before": f"{label}, before" for name, label in labels.items()}
+    slower = dict(zip(labels, (1.0, 1.1, 4.0, 5.0), strict=True))
+    systems = {name: System(label=label, details={"checkout": "this one"}) for name, label in labels.items()}
+    metrics = {
+        "decode_ms": Metric(label="Decode step", unit="ms", better="lower"),
+        "prefill_ms": Metric(label="Prefill", unit="ms", better="lower"),
+        "decode_bandwidth_gbs": Metric(label="Effective bandwidth of a decode step", unit="GB/s", better="higher"),
+    }
+
+    def figures(system: str, point: Mapping[str, Value]) -> dict[str, float]:
+        tp, requests = float(str(point["tp"])), float(str(point["requests"]))
+        time = slower[system] * (8 if point["dtype"] == "float32" else 5) * (2 + requests / 8) / tp
+        if point["phase"] == "prefill":
+            return {"prefill_ms": 3 * requests * time}
+        return {"decode_ms": time, "decode_bandwidth_gbs": 160 / time}
+
+    points = _grid(tp=(1, 2, 4), dtype=("float32", "bfloat16"), requests=(1, 4, 8, 32), phase=("decode", "prefill"))
+    baselines = ("base-before", "bd-2r-before", "base")
+    samples = tuple(_samples(systems, points, 5, figures))
+    return _report("engine", systems, metrics, baselines=baselines, samples=samples)
+
+
 _MAKERS: Mapping[Kind, Callable[[], Report]] = {
     "serve": _serve,
     "collectives": _collectives,
     "kernels": _kernels,
     "estimate": _estimate,
+    "engine": _engine,
 }

@@ -33,7 +33,7 @@ def run_ranks(program: Program, size: int, folder: Path, *arguments: Any, busy: 
     with competition(busy):
         ranks = start_ranks(program, size, folder, *arguments, **options)
         for rank in ranks:
-            rank.join(300)
+            rank.join(800)
         codes = [rank.exitcode for rank in ranks]
         for rank in ranks:
             rank.kill()

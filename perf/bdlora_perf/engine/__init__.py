@@ -1,0 +1,1 @@
+"""How long a prefill and a decode step take inside running servers, point by point, now and in another checkout."""

@@ -1,0 +1,227 @@
+"""The servers of one deployment after the other, and the turns on them.
+
+A turn sends two batches of fresh random prompts, each in one message: one for a single token each, whose time is the
+prefill's (with the way through the server and back), one with decode steps after it. The difference, divided by their
+number, is a decode step: what it takes from one token to the next with all requests in one batch, with everything that
+the engine does around the forward pass.
+
+SGLang takes a message's requests into one prefill where its limits allow it, and the limits are set so that they do. It
+prefills whatever waits before it decodes, so that even a prefill in parts would leave a decode step nearly as it is;
+the report says how many were split, by the servers' logs.
+"""
+
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from itertools import product
+
+from bdlora_perf.engine.bandwidth import copy_bandwidths, step_bytes
+from bdlora_perf.engine.batch import Prompts, batch_seconds, measure_steps
+from bdlora_perf.engine.checkout import Surroundings, surroundings_of
+from bdlora_perf.engine.plan import ITEM_BYTES, Contender, Deployment, EngineOptions, Turn, launch_flags, turns
+from bdlora_perf.engine.report import Measured, make_report
+from bdlora_perf.report.schema import Failure, Report, Sample, Value
+from bdlora_perf.serve.servers import adapter_names, make_folder, send, warm_up
+from bdlora_perf.server_process import ServerProcess, free_port, launch_command
+from bdlora_sglang.errors import BDLoRAError
+
+_WARM_UP_STEPS = 2
+_PREFILL = "Prefill batch"
+# What a server prints of a rank; "TP0" is there with more than one.
+_RANK_CORES = re.compile(r"(?:TP(\d+)\S*)?\] This rank runs on ([^.]+)\.")
+
+
+def measure_engine(options: EngineOptions, doing: Callable[[str], None]) -> Report:
+    """Measure all points; ``doing`` is told what comes next. Ctrl-C and SIGTERM end the servers and keep what there is.
+
+    A server that does not start, or dies, is a failure in the report, with the end of its log.
+
+    Raises:
+        BDLoRAError: adapters cannot be made, ``before`` cannot be run, or nothing at all could be measured.
+    """
+    started, clock = datetime.now(timezone.utc), time.monotonic()
+    measured = Measured()
+    try:
+        with _terminated_as_interrupted(), ExitStack() as stack:
+            before = None if options.before is None else stack.enter_context(surroundings_of(options.before))
+            doing("memory bandwidth")
+            measured.copies = copy_bandwidths()
+            runner = _Runner(options, before, Prompts(options.shape.vocabulary, options.input_len, options.seed), doing)
+            runner.run(measured)
+    except KeyboardInterrupt:
+        measured.interrupted = True
+    if not measured.samples:
+        reasons = [f"{failure.message}\n{failure.log_tail}" for failure in measured.failures]
+        raise BDLoRAError(f"found nothing to report, expected a turn at least: {(*reasons, 'interrupted')[0]}")
+    return make_report(options, measured, started, time.monotonic() - clock)
+
+
+@dataclass
+class _Ready:
+    """A server that is warm. It was sent ``batches`` since its log told of ``prefills``."""
+
+    server: ServerProcess
+    adapters: list[str]
+    prefills: int
+    batches: int = field(default=0)
+
+
+@dataclass(frozen=True)
+class _Runner:
+    options: EngineOptions
+    before: Surroundings | None
+    prompts: Prompts
+    doing: Callable[[str], None]
+
+    def run(self, measured: Measured) -> None:
+        """Everything; what is measured is in ``measured`` at any time."""
+        done = 0
+        for deployment in self.options.deployments:
+            self.doing(f"{deployment}: starting")
+            with ExitStack() as stack:
+                ready = self._start(deployment, measured, stack)
+                for turn in turns(self.options):
+                    done += 1
+                    self.doing(
+                        f"{deployment}: round {turn.round} of {self.options.rounds}, {turn.contender.name}, "
+                        f"{turn.requests} requests (turn {done} of {self.options.num_turns})"
+                    )
+                    target = ready.get(turn.contender.before)
+                    if target is None:
+                        continue
+                    outcome = self._measure(deployment, turn, target)
+                    if isinstance(outcome, Failure):
+                        measured.failures.append(outcome)
+                        if target.server.exit_code is not None:
+                            del ready[turn.contender.before]
+                    else:
+                        measured.samples += outcome
+                for before, target in ready.items():
+                    _count_prefills(deployment, before, target, measured)
+
+    def _start(self, deployment: Deployment, measured: Measured, stack: ExitStack) -> dict[bool, _Ready]:
+        """The servers, warm, by whether they are those of before; ``stack`` stops them. Failures are kept."""
+        flags = launch_flags(self.options, deployment)
+        servers: dict[bool, ServerProcess] = {}
+        # All are under way before the first is waited for.
+        for before in dict.fromkeys(contender.before for contender in self.options.contenders):
+            server = self._launch(deployment, flags, self.before if before else None, before)
+            stack.callback(server.stop)
+            servers[before] = server
+        ready: dict[bool, _Ready] = {}
+        for before, server in servers.items():
+            outcome = self._make_ready(deployment, server, before)
+            if isinstance(outcome, Failure):
+                measured.failures.append(outcome)
+            else:
+                ready[before] = outcome
+        for before, target in ready.items():
+            if cores := rank_cores("\n".join(target.server.log_lines())):
+                measured.cores[before, deployment.tp] = cores
+        return ready
+
+    def _launch(
+        self, deployment: Deployment, flags: list[str], surroundings: Surroundings | None, before: bool
+    ) -> ServerProcess:
+        port = free_port()
+        environment = os.environ if surroundings is None else surroundings.environment
+        name = f"engine-tp{deployment.tp}-{deployment.dtype}{'-before' if before else ''}.log"
+        return ServerProcess(
+            launch_command(*flags, "--port", port),
+            f"http://127.0.0.1:{port}",
+            make_folder(self.options.work / "logs") / name,
+            {**environment, "TOKENIZERS_PARALLELISM": "false"},
+            None if surroundings is None else surroundings.folder,
+        )
+
+    def _make_ready(self, deployment: Deployment, server: ServerProcess, before: bool) -> _Ready | Failure:
+        own = [contender for contender in self.options.contenders if contender.before == before]
+        try:
+            server.wait_until_healthy()
+            self._check_cache(server)
+            adapters = adapter_names(server)
+            self.doing(f"{deployment}: warming up")
+            warm_up(server, adapters)
+            for contender, count in product(own, self.options.requests):
+                names = adapters if contender.has_adapters else []
+                batch_seconds(server.url, self.prompts.take(count), names, 1 + _WARM_UP_STEPS)
+        except BDLoRAError as error:
+            return _failure(own[0], deployment.point(), error, server)
+        return _Ready(server, adapters, _num_prefills(server))
+
+    def _check_cache(self, server: ServerProcess) -> None:
+        tokens = send("GET", f"{server.url}/server_info").json()["max_total_num_tokens"]
+        if tokens < self.options.batch_tokens:
+            raise BDLoRAError(
+                f"{server.log}: found a KV cache of {tokens} tokens, expected {self.options.batch_tokens} for the "
+                "largest batch: give --mem-fraction-static after '--'"
+            )
+
+    def _measure(self, deployment: Deployment, turn: Turn, target: _Ready) -> list[Sample] | Failure:
+        """One sample for each phase."""
+        point: dict[str, Value] = {**deployment.point(), "requests": turn.requests}
+        adapters = target.adapters if turn.contender.has_adapters else []
+        target.batches += 2
+        try:
+            times = measure_steps(target.server.url, self.prompts, turn.requests, adapters, self.options.decode_steps)
+        except BDLoRAError as error:
+            return _failure(turn.contender, point, error, target.server)
+        num_bytes = step_bytes(self.options.shape, deployment.tp, ITEM_BYTES[deployment.dtype])
+        figures = {
+            "decode": {
+                "decode_ms": times.decode_ms,
+                "decode_bandwidth_gbs": bandwidth_gbs(num_bytes, times.decode_ms),
+            },
+            "prefill": {"prefill_ms": times.prefill_ms},
+        }
+        return [
+            Sample(system=turn.contender.name, point={**point, "phase": phase}, round=turn.round, metrics=metrics)
+            for phase, metrics in figures.items()
+        ]
+
+
+def bandwidth_gbs(num_bytes: float, milliseconds: float) -> float:
+    """GB/s, of 1e9 bytes."""
+    return num_bytes / milliseconds / 1e6
+
+
+def rank_cores(log: str) -> str:
+    """Cores and threads of each rank as a server's log tells them, such as ``rank 0: cores 0-3, 4 threads``."""
+    found = sorted({(int(rank or 0), cores) for rank, cores in _RANK_CORES.findall(log)})
+    return "; ".join(f"rank {rank}: {cores}" for rank, cores in found)
+
+
+def _num_prefills(server: ServerProcess) -> int:
+    return sum(_PREFILL in line for line in server.log_lines())
+
+
+def _count_prefills(deployment: Deployment, before: bool, target: _Ready, measured: Measured) -> None:
+    parts = _num_prefills(target.server) - target.prefills
+    if parts != target.batches:
+        where = f"{deployment}{', before' if before else ''}"
+        measured.notes.append(f"{where}: {target.batches} batches were prefilled in {parts} parts.")
+
+
+def _failure(contender: Contender, point: Mapping[str, Value], error: BDLoRAError, server: ServerProcess) -> Failure:
+    """The first line of an error says what happened; the end of a dead server's log, which is named there, says why."""
+    message, _, log_tail = str(error).partition("\n")
+    if server.exit_code is not None:
+        message, log_tail = f"the server ended with exit code {server.exit_code}, see {server.log}", server.log_tail()
+    return Failure(system=contender.name, point=dict(point), message=message, log_tail=log_tail)
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM and SIGHUP do what Ctrl-C does."""
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

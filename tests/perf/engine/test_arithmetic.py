@@ -1,0 +1,89 @@
+"""Bytes, times and the order of the turns."""
+
+from collections import Counter
+from itertools import groupby
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from bdlora_perf.engine.bandwidth import shape_of, step_bytes
+from bdlora_perf.engine.batch import Prompts, StepTimes, step_times
+from bdlora_perf.engine.measure import bandwidth_gbs, rank_cores
+from bdlora_perf.engine.plan import EngineOptions, turns
+from bdlora_perf.synthetic import make_model
+from bdlora_sglang.errors import BDLoRAError
+
+
+def elements(path: Path, wanted: str) -> int:
+    with safe_open(path / "model.safetensors", framework="pt") as file:
+        names = [name for name in file.keys() if wanted in name and name.endswith(".weight")]  # noqa: SIM118
+        return sum(file.get_tensor(name).numel() for name in names)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "head"), [("llama", "lm_head"), ("qwen2", "lm_head"), ("gemma", "embed_tokens")]
+)
+def test_bytes_of_a_step_are_the_weights_in_the_file(architecture: str, head: str, tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", architecture)
+    shape = shape_of(str(folder))
+    weights = elements(folder, "_proj") + elements(folder, head)
+    assert step_bytes(shape, 1, 4) == 4 * weights
+    assert step_bytes(shape, 4, 2) == 2 * weights
+
+
+def test_kv_heads_that_ranks_share_are_read_by_each(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", num_attention_heads=8, num_key_value_heads=2)
+    copied = elements(folder, "k_proj") + elements(folder, "v_proj")
+    shape = shape_of(str(folder))
+    assert step_bytes(shape, 2, 4) == step_bytes(shape, 1, 4)
+    assert step_bytes(shape, 4, 4) == step_bytes(shape, 1, 4) + 4 * copied
+
+
+def test_times_by_hand() -> None:
+    times = step_times(0.5, 2.5, 8)
+    assert times == StepTimes(prefill_ms=500, decode_ms=250)
+    assert bandwidth_gbs(3e9, times.decode_ms) == 12
+
+
+def test_a_longer_answer_takes_longer() -> None:
+    with pytest.raises(BDLoRAError, match=r"found 0\.400 s with 8 decode steps and 0\.500 s without, expected more"):
+        step_times(0.5, 0.4, 8)
+
+
+def test_no_prompt_comes_twice() -> None:
+    prompts = Prompts(vocabulary=512, length=4, seed=1)
+    taken = [tuple(prompt) for _ in range(50) for prompt in prompts.take(8)]
+    assert len(set(taken)) == len(taken) == 400
+    assert all(len(prompt) == 4 and min(prompt) >= 3 and max(prompt) < 512 for prompt in taken)
+    assert Prompts(512, 4, 1).take(2) == [list(prompt) for prompt in taken[:2]]
+
+
+def plan(folder: Path, before: Path | None) -> EngineOptions:
+    shape = shape_of(str(make_model(folder)))
+    return EngineOptions(str(folder), shape, [1], ["float32"], [1, 8], 4, 8, 16, 8, 4, 0, before, (), folder, "")
+
+
+def test_each_system_goes_first_as_often_as_the_others(tmp_path: Path) -> None:
+    options = plan(tmp_path, tmp_path)
+    found = list(turns(options))
+    assert len(found) == len(set(found)) == options.num_turns == 4 * 2 * 4
+    names = ["base", "bd-2r", "base-before", "bd-2r-before"]
+    first = Counter[str]()
+    for _, neighbours in groupby(found, key=lambda turn: (turn.round, turn.requests)):
+        order = [turn.contender.name for turn in neighbours]
+        assert sorted(order) == sorted(names)
+        first[order[0]] += 1
+    assert first == dict.fromkeys(names, 2)
+
+
+def test_without_another_checkout_there_are_two_systems(tmp_path: Path) -> None:
+    assert [contender.name for contender in plan(tmp_path, None).contenders] == ["base", "bd-2r"]
+
+
+def test_cores_are_those_that_the_log_tells() -> None:
+    line = "[2026-01-02 03:04:05 TP{}] This rank runs on {}."
+    log = "\n".join(["starting", line.format(1, "cores 4-6, 3 threads"), line.format(0, "cores 0-2,9, 4 threads")])
+    assert rank_cores(log) == "rank 0: cores 0-2,9, 4 threads; rank 1: cores 4-6, 3 threads"
+    assert rank_cores("[2026-01-02 03:04:05] This rank runs on any core, 1 thread.") == "rank 0: any core, 1 thread"
+    assert rank_cores("nothing") == ""
