@@ -194,8 +194,9 @@ def _expand_run(y_TO: torch.Tensor, h: torch.Tensor, run: Run, tokens: Tokens) -
     for product in run.expands:
         part = h[..., product.columns]
         part = part.flatten(2) if part.dim() == 4 else part
+        # Not `baddbmm_`: into a part of the columns PyTorch would compute it slot by slot.
         if isinstance(product.scaling, torch.Tensor):
-            y_SKO[:, :, product.outputs].baddbmm_(part * product.scaling, product.b_SRO)
+            y_SKO[:, :, product.outputs].add_(torch.bmm(part * product.scaling, product.b_SRO))
         else:
-            y_SKO[:, :, product.outputs].baddbmm_(part, product.b_SRO, alpha=product.scaling)
+            y_SKO[:, :, product.outputs].add_(torch.bmm(part, product.b_SRO), alpha=product.scaling)
     tokens.put(y_TO, y_SKO)

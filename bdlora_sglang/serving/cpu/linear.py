@@ -14,19 +14,21 @@ from sglang.srt.layers.linear import ColumnParallelLinear, RowParallelLinear
 from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.layers.quantization.unquant import UnquantizedEmbeddingMethod, UnquantizedLinearMethod
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-from torch.nn.functional import linear, pad
+from torch.nn.functional import linear
 
 # oneDNN's kernels for one to three rows are slower than the one for four (0.29 ms against 0.22 for a float32 weight of
 # 1024 x 1024 on an AVX-512 core), so few rows are padded. The packed format is the same from two rows on.
 _FEWEST_ROWS = 4
 _ROWS_HINT = 8
 
+# Neither exists in a PyTorch without oneDNN. The overload is named, or PyTorch looks for it in every call.
+_packing = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
+_product = getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "default", None)
+
 
 def can_pack(weight: torch.Tensor) -> bool:
     """Whether this PyTorch has oneDNN's operators for the type of ``weight``, and the processor the instructions."""
-    if not torch._C._has_mkldnn or weight.layout != torch.strided or weight.device.type != "cpu":
-        return False
-    if not all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise")):
+    if _packing is None or _product is None or weight.layout != torch.strided or weight.device.type != "cpu":
         return False
     if weight.dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -35,19 +37,30 @@ def can_pack(weight: torch.Tensor) -> bool:
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
     """``weight``, ``(outputs, inputs)``, in oneDNN's own layout; ``to_dense`` gives the same values back."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS_HINT)
+    assert _packing is not None, "`can_pack` is asked first"
+    return _packing(weight.detach(), _ROWS_HINT)
 
 
-def packed_linear(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """``x @ packed.T + bias`` for ``x`` of ``(..., inputs)``."""
-    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+def packed_linear(
+    x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, few_rows: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``x @ packed.T + bias`` for ``x`` of ``(..., inputs)``; ``few_rows`` may be `room_for_few_rows`, used again."""
+    assert _product is not None, "`can_pack` is asked first"
+    rows = x.numel() // x.shape[-1]
     if rows == 0:
         return x.new_zeros(*x.shape[:-1], packed.shape[0])
     if rows >= _FEWEST_ROWS:
-        return torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, "none", [], "")
-    padded = pad(x.reshape(rows, x.shape[-1]), (0, 0, 0, _FEWEST_ROWS - rows))
-    output = torch.ops.mkldnn._linear_pointwise.default(padded, packed, bias, "none", [], "")
-    return output[:rows].view(*x.shape[:-1], packed.shape[0])
+        return _product(x, packed, bias, "none", [], "")
+    padded = room_for_few_rows(packed) if few_rows is None else few_rows
+    padded[:rows] = x.view(rows, -1) if x.dim() != 2 else x
+    output = _product(padded, packed, bias, "none", [], "")[:rows]
+    return output if x.dim() == 2 else output.view(*x.shape[:-1], -1)
+
+
+def room_for_few_rows(weight: torch.Tensor) -> torch.Tensor:
+    """Where the inputs of a layer are padded; what is left there by an earlier call does no harm."""
+    with torch.inference_mode(False):  # or it could not be written to outside of that mode
+        return torch.zeros(_FEWEST_ROWS, weight.shape[1], dtype=weight.dtype)
 
 
 class PackedLinearMethod(UnquantizedLinearMethod):
@@ -56,6 +69,7 @@ class PackedLinearMethod(UnquantizedLinearMethod):
     def process_weights_after_loading(self, layer: Any) -> None:
         if can_pack(layer.weight):
             _replace(layer.weight, pack(layer.weight))
+            self._few_rows = room_for_few_rows(layer.weight)
 
     def restore_weights_before_loading(self, layer: Any) -> None:
         if layer.weight.is_mkldnn:
@@ -63,7 +77,7 @@ class PackedLinearMethod(UnquantizedLinearMethod):
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         weight = layer.weight
-        return packed_linear(x, weight, bias) if weight.is_mkldnn else linear(x, weight, bias)
+        return packed_linear(x, weight, bias, self._few_rows) if weight.is_mkldnn else linear(x, weight, bias)
 
 
 class PackedLogitsMethod(UnquantizedEmbeddingMethod):
