@@ -61,6 +61,8 @@ def cpu_defaults() -> dict[str, object]:
         # SGLang would size the KV cache by the whole memory of the machine, on every rank.
         "mem_fraction_static": 0.2,
         "max_total_tokens": 16384,
+        # A CPU has nothing to overlap with: each request would only cost a step more, whose token nobody wants.
+        "disable_overlap_schedule": True,
         # The ranks would poll for requests on the very cores that the clients need.
         "sleep_on_idle": True,
     }

@@ -65,7 +65,7 @@ def launch(
 
     engine.check_sglang_version(allow_untested_sglang)
     if not has_accelerator():
-        typer.echo("No GPU here: serving on the CPU platform (torch-native attention, gloo, no CUDA graphs).")
+        typer.echo("No GPU here: serving on the CPU platform, without CUDA graphs.")
     arguments = launch.server_args(model_path, tp, named, context.args, lora_sharding)
     try:
         engine.launch_server(arguments, options)

@@ -22,7 +22,7 @@ time.sleep(600)
 
 _LOG = """\
 [2026-01-01 00:00:00] server_args=ServerArgs(...)
-No GPU here: serving on the CPU platform (torch-native attention, gloo, no CUDA graphs).
+No GPU here: serving on the CPU platform, without CUDA graphs.
 [2026-01-01 00:00:01 TP0] Load weight begin.
  Adapters at TP 2
 | adapter | kind |

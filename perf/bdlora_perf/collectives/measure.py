@@ -255,8 +255,8 @@ def _notes(options: CollectivesOptions, per_forward: Mapping[tuple[str, str], Co
         "other: they show where time goes, and `bdlora perf serve` compares systems. Bytes are what a rank receives in "
         "a ring."
     )
-    if backend() == "gloo":
-        yield "gloo over the loopback is not NVLink: these times say nothing about a GPU's collectives."
+    if backend() != "nccl":
+        yield f"{backend()} on a CPU is not NVLink: these times say nothing about a GPU's collectives."
 
 
 def _num_layers(model: str) -> int:
