@@ -19,7 +19,7 @@ PROBE_FOLDER = "BDLORA_TEST_PROBE_FOLDER"
 
 
 class ProbedScheduler(BDLoRAScheduler):
-    """Writes ``rank<N>.json`` and ``cores<N>.json`` before it serves, ``changed<N>.json`` then and after each unload."""
+    """Writes ``rank<N>.json`` and ``cores<N>.json`` before it serves, ``changed<N>.json`` then and at each unload."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._sglang_before = sglang_objects()
