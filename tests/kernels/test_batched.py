@@ -11,7 +11,15 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from bdlora_kernels import BatchedFactors, UnpackedSlice, add_lora_delta, group_tokens, pack
+from bdlora_kernels import (
+    BatchedFactors,
+    LayerFactors,
+    PackedFactors,
+    UnpackedSlice,
+    add_lora_delta,
+    group_tokens,
+    pack,
+)
 
 INPUTS, OUTPUTS = 67, 53  # odd, so that nothing is aligned by luck
 SLOTS = 5
@@ -63,10 +71,10 @@ SEGMENTS: dict[str, list[tuple[int, int]]] = {
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def make_factors(
+def make_packed(
     by_slot: Sequence[list[Window]], dtype: torch.dtype, seed: int = 0
-) -> tuple[BatchedFactors, list[list[UnpackedSlice]]]:
-    """Random factors, packed into slots whose unused elements are NaN, and as they were before packing."""
+) -> tuple[list[PackedFactors | None], list[list[UnpackedSlice]]]:
+    """Random factors by slot, packed (None for no slices), and as they were before packing."""
     generator = torch.Generator().manual_seed(seed)
 
     def random_slice(window: Window, index: int) -> UnpackedSlice:
@@ -76,16 +84,31 @@ def make_factors(
         return UnpackedSlice(a_RI.to(dtype), b_OR.to(dtype), window.inputs.start, window.outputs.start, scaling)
 
     unpacked = [[random_slice(window, index) for index, window in enumerate(windows)] for windows in by_slot]
-    packed = [pack(parts) if parts else None for parts in unpacked]
-    a_size, b_size = (
-        max(getattr(factors, name).numel() for factors in packed if factors is not None) + 5 for name in ("a_E", "b_E")
-    )
-    factors = BatchedFactors.allocate(len(by_slot), a_size, b_size, dtype, torch.device("cpu"))
+    return [pack(parts) if parts else None for parts in unpacked], unpacked
+
+
+def fill_slots(factors: LayerFactors, packed: Sequence[PackedFactors | None]) -> None:
+    """Write ``packed`` into slots that hold NaN wherever nothing is written."""
     factors.a_SE.fill_(float("nan"))
     factors.b_SE.fill_(float("nan"))
     for slot, one in enumerate(packed):
         if one is not None:
             factors.write(slot, one)
+
+
+def slot_elements(packed: Sequence[PackedFactors | None]) -> tuple[int, int]:
+    """A and B elements of slots that have room for all of ``packed``, and for some more."""
+    given = [one for one in packed if one is not None]
+    return max(one.a_E.numel() for one in given) + 5, max(one.b_E.numel() for one in given) + 5
+
+
+def make_factors(
+    by_slot: Sequence[list[Window]], dtype: torch.dtype, seed: int = 0
+) -> tuple[BatchedFactors, list[list[UnpackedSlice]]]:
+    """Random factors in slots, and as they were before packing."""
+    packed, unpacked = make_packed(by_slot, dtype, seed)
+    factors = BatchedFactors.allocate(len(by_slot), *slot_elements(packed), dtype, torch.device("cpu"))
+    fill_slots(factors, packed)
     return factors, unpacked
 
 

@@ -13,7 +13,7 @@ import torch
 from bdlora_kernels import LayerFactors, UnpackedSlice
 from bdlora_kernels.configurations import Configuration
 from bdlora_kernels.tables import SegmentTable, SliceTables
-from tests.kernels.test_reference import Window, dense, make_factors
+from tests.kernels.test_batched import Window, dense, fill_slots, make_packed, slot_elements
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 RUNNABLE = INTERPRETED or torch.cuda.is_available()
@@ -51,8 +51,10 @@ class Layer:
 
 
 def make_layer(by_slot: Sequence[list[Window]], dtype: torch.dtype, seed: int = 0) -> Layer:
-    on_cpu, unpacked = make_factors(by_slot, dtype, seed)
-    factors = LayerFactors(on_cpu.a_SE.to(DEVICE), on_cpu.b_SE.to(DEVICE), on_cpu.slices)
+    packed, unpacked = make_packed(by_slot, dtype, seed)
+    room = (torch.empty(len(by_slot), elements, dtype=dtype, device=DEVICE) for elements in slot_elements(packed))
+    factors = LayerFactors(*room, slices=[()] * len(by_slot))
+    fill_slots(factors, packed)
     parts = [part for slices in factors.slices for part in slices]
     tables = SliceTables.allocate(
         num_slots=len(by_slot),
