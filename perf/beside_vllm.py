@@ -68,6 +68,10 @@ def main() -> None:
                 print(f"{name}: starting", flush=True)
                 server.wait_until_healthy()
             runs |= _measure(systems, servers, model, LoadGenerator(work), options.rounds)
+        _write(options.output, model, options.rounds, runs)
+
+
+def _write(output: Path, model: Path, rounds: int, runs: dict[str, dict[str, list[float]]]) -> None:
     report = {
         "machine": describe_machine().model_dump(),
         "settings": {
@@ -78,13 +82,13 @@ def main() -> None:
             "rank": RANK,
             "input_len": INPUT_LEN,
             "output_len": OUTPUT_LEN,
-            "rounds": options.rounds,
+            "rounds": rounds,
         },
         "output_tokens_per_second": runs,
     }
-    partial = options.output.with_suffix(".partial")
+    partial = output.with_suffix(".partial")
     partial.write_text(json.dumps(report, indent=2) + "\n")
-    partial.replace(options.output)
+    partial.replace(output)
 
 
 def _servers(work: Path, model: Path, vllm: str) -> dict[str, Callable[[], ServerProcess]]:
