@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from sglang.srt.configs.update_config import update_config
 from sglang.srt.lora.lora_registry import LoRARef
 from sglang.srt.managers.io_struct import (
     GetWeightsByNameReqInput,
@@ -46,11 +47,11 @@ class BDLoRAModelRunner(ModelRunner):
         # SGLang calls this after it has padded the head counts of any model on a "cpu", and before it builds the model.
         # Only its own CPU build loads weights into padded heads. Without it the counts must be the model's own: fewer
         # KV heads than ranks are then replicated.
-        if not is_cpu():
+        if self.device == "cpu" and not is_cpu():
             for config, counts in self._head_counts:
                 for name in _HEAD_COUNTS:
                     if name in counts:
-                        setattr(config, name, counts[name])
+                        update_config(config, name, counts[name])
                     elif hasattr(config, name):
                         delattr(config, name)
         return super()._load_format_scope(load_format)

@@ -12,10 +12,9 @@ the report says how many were split, by the servers' logs.
 
 import os
 import re
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from itertools import product
@@ -27,7 +26,7 @@ from bdlora_perf.engine.plan import ITEM_BYTES, Contender, Deployment, EngineOpt
 from bdlora_perf.engine.report import Measured, make_report
 from bdlora_perf.report.schema import Failure, Report, Sample, Value
 from bdlora_perf.serve.servers import adapter_names, make_folder, send, warm_up
-from bdlora_perf.server_process import ServerProcess, free_port, launch_command
+from bdlora_perf.server_process import ServerProcess, free_port, launch_command, terminated_as_interrupted
 from bdlora_sglang.errors import BDLoRAError
 
 _WARM_UP_STEPS = 2
@@ -47,7 +46,7 @@ def measure_engine(options: EngineOptions, doing: Callable[[str], None]) -> Repo
     started, clock = datetime.now(timezone.utc), time.monotonic()
     measured = Measured()
     try:
-        with _terminated_as_interrupted(), ExitStack() as stack:
+        with terminated_as_interrupted(), ExitStack() as stack:
             before = None if options.before is None else stack.enter_context(surroundings_of(options.before))
             doing("memory bandwidth")
             measured.copies = copy_bandwidths()
@@ -213,15 +212,3 @@ def _failure(contender: Contender, point: Mapping[str, Value], error: BDLoRAErro
     if server.exit_code is not None:
         message, log_tail = f"the server ended with exit code {server.exit_code}, see {server.log}", server.log_tail()
     return Failure(system=contender.name, point=dict(point), message=message, log_tail=log_tail)
-
-
-@contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM and SIGHUP do what Ctrl-C does."""
-    numbers = (signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -1,9 +1,8 @@
 """A whole benchmark: from the options to a report."""
 
-import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -17,6 +16,7 @@ from bdlora_perf.serve.servers import RunningServer, Server, StartServer, make_f
 from bdlora_perf.serve.sweep import SweepRunner, Watcher, schedule
 from bdlora_perf.serve.systems import BASELINES, AdapterShape, ServedSystem
 from bdlora_perf.serve.workload import SKEW_ALPHA, Workload
+from bdlora_perf.server_process import terminated_as_interrupted
 from bdlora_sglang.errors import BDLoRAError
 
 
@@ -80,7 +80,7 @@ def run_benchmark(options: ServeOptions, watcher: Watcher) -> Report:
     records: list[Sample | Failure] = []
     notes: list[str] = []
     try:
-        with _terminated_as_interrupted(), closing(runner.run(batches)) as runs:
+        with terminated_as_interrupted(), closing(runner.run(batches)) as runs:
             records.extend(runs)
     except KeyboardInterrupt:
         notes.append(f"Interrupted: {len(records)} of {options.num_turns} runs are in this report.")
@@ -179,15 +179,3 @@ def _details(
         details[f"r={r}: parameters over LoRA's"] = round(made.parameters / plain.parameters, 3)
         details[f"r={r}: bytes"] = made.num_bytes
     return details
-
-
-@contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM and SIGHUP do what Ctrl-C does."""
-    numbers = (signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
