@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from sglang.srt.layers.linear import ColumnParallelLinear, RowParallelLinear
 
-from bdlora_kernels import LayerFactors, UnpackedSlice, pack
+from bdlora_kernels import LayerFactors, PlannedSlice, SlotSize, plan_layer
 from bdlora_kernels.layout import align
-from bdlora_sglang.adapter import Adapter, LoRAModule, read_slice, slice_module
+from bdlora_sglang.adapter import Adapter, LoRAModule, LoRASlice, read_slice, slice_module
 from bdlora_sglang.serving.kernels import Kernels
 from bdlora_sglang.serving.layers import ServedModule
-from bdlora_sglang.serving.sharding import LocalFactors, SlotSize
+from bdlora_sglang.serving.sharding import LocalPlan
 
 
 class CommunicationFree:
@@ -23,18 +23,16 @@ class CommunicationFree:
     def flag_that_fits(self, rank: int, local_rank: int) -> str:
         return f"--max-local-rank {local_rank}"
 
-    def read(
+    def plan(
         self, adapter: Adapter, modules: Sequence[tuple[LoRAModule, ServedModule]], dtype: torch.dtype
-    ) -> LocalFactors | None:
-        parts: list[UnpackedSlice] = []
+    ) -> LocalPlan | None:
+        parts: list[PlannedSlice] = []
         local_rank = 0
         for module, served in modules:
             slices = slice_module(module, served.shard)
             local_rank = max(local_rank, sum(part.rank for part in slices))
-            for part in slices:
-                factors = read_slice(adapter, part, dtype)
-                parts.append(UnpackedSlice(factors.a, factors.b, part.input_start, part.output_start, part.scaling))
-        return LocalFactors(pack(parts), local_rank) if parts else None
+            parts += [_planned(adapter, part, dtype) for part in slices]
+        return LocalPlan(plan_layer(parts), local_rank) if parts else None
 
     def slot_size(self, layer: ColumnParallelLinear | RowParallelLinear, rank: int) -> SlotSize:
         if isinstance(layer, RowParallelLinear):
@@ -57,6 +55,15 @@ class CommunicationFree:
         segments: Any,
     ) -> torch.Tensor:
         return kernels.forward_with_base(base, _outputs(layer), x_TI, factors, segments)
+
+
+def _planned(adapter: Adapter, part: LoRASlice, dtype: torch.dtype) -> PlannedSlice:
+    def read() -> tuple[torch.Tensor, torch.Tensor]:
+        factors = read_slice(adapter, part, dtype)
+        return factors.a, factors.b
+
+    sizes = part.rank, part.input_size, part.output_size
+    return PlannedSlice(*sizes, part.input_start, part.output_start, part.scaling, read)
 
 
 def _outputs(layer: ColumnParallelLinear | RowParallelLinear) -> int:

@@ -13,14 +13,15 @@ from sglang.srt.distributed.utils import get_group_rank_size
 from sglang.srt.layers.linear import ColumnParallelLinear, RowParallelLinear
 from sglang.srt.runtime_context import get_parallel
 
-from bdlora_kernels import BatchedFactors, LayerFactors, UnpackedSlice, pack
+from bdlora_kernels import BatchedFactors, LayerFactors, PlannedSlice, SlotSize, plan_layer
 from bdlora_kernels.batched import expand, shrink
 from bdlora_kernels.layout import align
 from bdlora_sglang.adapter import Adapter, LoRAModule
 from bdlora_sglang.adapter.fully_sharded import read_column_parallel, read_row_parallel
+from bdlora_sglang.adapter.shard import even_cut
 from bdlora_sglang.serving.kernels import Kernels
 from bdlora_sglang.serving.layers import ServedModule
-from bdlora_sglang.serving.sharding import LocalFactors, SlotSize
+from bdlora_sglang.serving.sharding import LocalPlan
 
 
 class FullySharded:
@@ -32,19 +33,13 @@ class FullySharded:
     def flag_that_fits(self, rank: int, local_rank: int) -> str:
         return f"--max-lora-rank {rank}"
 
-    def read(
+    def plan(
         self, adapter: Adapter, modules: Sequence[tuple[LoRAModule, ServedModule]], dtype: torch.dtype
-    ) -> LocalFactors | None:
-        parts: list[UnpackedSlice] = []
-        for module, served in modules:
-            read = read_row_parallel if served.row_parallel else read_column_parallel
-            factors = read(adapter, module, served.shard, served.tp_rank, served.tp_size, dtype)
-            parts.append(
-                UnpackedSlice(factors.a, factors.b, factors.input_start, factors.output_start, factors.scaling)
-            )
+    ) -> LocalPlan:
+        parts = [_planned(adapter, module, served, dtype) for module, served in modules]
         served = modules[0][1]
-        packed = pack(parts, gathered=1 if served.row_parallel else served.tp_size)
-        return LocalFactors(packed, max(part.a.shape[0] for part in parts))
+        layer = plan_layer(parts, gathered=1 if served.row_parallel else served.tp_size)
+        return LocalPlan(layer, max(part.rank for part in parts))
 
     def slot_size(self, layer: ColumnParallelLinear | RowParallelLinear, rank: int) -> SlotSize:
         _, tp_size = get_group_rank_size(layer.tp_group)
@@ -81,6 +76,23 @@ class FullySharded:
             h_NTW = group.all_gather(h_TW, dim=0).unflatten(0, (group.world_size, len(h_TW)))
         expand(y_TO, h_NTW, factors, segments)
         return y_TO
+
+
+def _planned(adapter: Adapter, module: LoRAModule, served: ServedModule, dtype: torch.dtype) -> PlannedSlice:
+    shard = served.shard
+    outputs = even_cut(module.out_features, served.tp_size, served.tp_rank)
+    if served.row_parallel:
+        rank, output_size, first_output = module.rank, len(outputs), outputs.start
+    else:
+        rank, output_size, first_output = -(-module.rank // served.tp_size), len(shard.outputs), 0
+
+    def read() -> tuple[torch.Tensor, torch.Tensor]:
+        read_factors = read_row_parallel if served.row_parallel else read_column_parallel
+        factors = read_factors(adapter, module, shard, served.tp_rank, served.tp_size, dtype)
+        return factors.a, factors.b
+
+    starts = shard.input_offset, shard.output_offset + first_output
+    return PlannedSlice(rank, len(shard.inputs), output_size, *starts, module.scaling, read)
 
 
 def _group(layer: ColumnParallelLinear | RowParallelLinear) -> GroupCoordinator | None:

@@ -1,22 +1,57 @@
 """The kernels of a device: how a slot's factors and a batch's tokens are laid out for them, and the call."""
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from sglang.srt.utils import is_pin_memory_available
 
-from bdlora_kernels import BatchedFactors, LayerFactors, PackedFactors, add_lora_delta, group_tokens
+from bdlora_kernels import (
+    BatchedFactors,
+    BatchedSlots,
+    DeviceFactors,
+    DeviceSlots,
+    HostBlock,
+    LayerFactors,
+    PackedAdapter,
+    SlotSize,
+    add_lora_delta,
+    group_tokens,
+)
 from bdlora_sglang.errors import BDLoRAError
-from bdlora_sglang.serving.sharding import SlotSize
+
+
+class Slots(Protocol):
+    """The slots of a pool, all layers together: `DeviceSlots` or `BatchedSlots`."""
+
+    @property
+    def layers(self) -> Mapping[str, LayerFactors]:
+        """By name, those that a slot has room for."""
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one slot on the device."""
+
+    def host_block(self, elements: int) -> HostBlock:
+        """Host memory for an adapter of so many elements, pinned where that makes copies faster."""
+
+    def describe(self, adapter: PackedAdapter) -> None:
+        """Add to an adapter in such memory what the kernels must know of it; raises ValueError if it does not fit."""
+
+    def write(self, slot: int, adapter: PackedAdapter) -> None:
+        """Fill a slot with a described adapter, on the current stream."""
+
+    def clear(self, slot: int) -> None:
+        """Forget what a slot holds."""
 
 
 class Kernels(Protocol):
     """What the pool and the backend ask of a device. ``segments`` are what `forward_with_base` of the same takes."""
 
-    def allocate(self, num_slots: int, size: SlotSize, dtype: torch.dtype) -> LayerFactors:
-        """The slots of one layer."""
+    def allocate(self, num_slots: int, sizes: Mapping[str, SlotSize], dtype: torch.dtype) -> Slots:
+        """Empty slots, with this room for each layer."""
 
     def reserve_decode_graphs(self, max_tokens: int) -> None:
         """Make segments that captured decode graphs can read again and again, for up to ``max_tokens`` tokens."""
@@ -53,8 +88,8 @@ class TorchKernels:
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
-    def allocate(self, num_slots: int, size: SlotSize, dtype: torch.dtype) -> LayerFactors:
-        return BatchedFactors.allocate(num_slots, size.a, size.b, dtype, self._device)
+    def allocate(self, num_slots: int, sizes: Mapping[str, SlotSize], dtype: torch.dtype) -> Slots:
+        return BatchedSlots(num_slots, sizes, dtype, self._device, _pins_memory(self._device))
 
     def reserve_decode_graphs(self, max_tokens: int) -> None:
         _refuse_graphs("decode")
@@ -87,15 +122,9 @@ class TritonKernels:
         self._h_size = 1
         self._reserved: dict[str, _DeviceBatch] = {}
 
-    def allocate(self, num_slots: int, size: SlotSize, dtype: torch.dtype) -> LayerFactors:
-        from bdlora_kernels.tables import SliceTables
-
-        self._h_size = max(self._h_size, size.ranks)
-        # A layer that no adapter touches has empty slots.
-        tables = SliceTables.allocate(num_slots, max(1, size.usual_rank), max(1, size.ranks), self._device)
-        # Zeros, so that the memory is really there: a server must not run out of it at its first request.
-        a_SE, b_SE = (torch.zeros(num_slots, n, dtype=dtype, device=self._device) for n in (size.a, size.b))
-        return DeviceFactors(a_SE, b_SE, [()] * num_slots, tables=tables)
+    def allocate(self, num_slots: int, sizes: Mapping[str, SlotSize], dtype: torch.dtype) -> Slots:
+        self._h_size = max([self._h_size, *(size.ranks for size in sizes.values())])
+        return DeviceSlots(num_slots, sizes, dtype, self._device, _pins_memory(self._device))
 
     def reserve_decode_graphs(self, max_tokens: int) -> None:
         self._reserved["decode"] = self._new_batch(max_tokens, self._configurations.decode_block_tokens)
@@ -132,25 +161,14 @@ class TritonKernels:
         )
 
 
-@dataclass
-class DeviceFactors(LayerFactors):
-    """Slots whose slices the device knows, too."""
-
-    tables: Any = field(kw_only=True)
-
-    def write(self, slot: int, packed: PackedFactors) -> None:
-        super().write(slot, packed)
-        self.tables.write(slot, packed.slices)
-
-    def clear(self, slot: int) -> None:
-        super().clear(slot)
-        self.tables.write(slot, ())
-
-
 @dataclass(frozen=True)
 class _DeviceBatch:
     table: Any
     scratch: Any
+
+
+def _pins_memory(device: torch.device) -> bool:
+    return device.type != "cpu" and is_pin_memory_available()
 
 
 def _refuse_graphs(phase: str) -> None:

@@ -1,11 +1,11 @@
 """One adapter's part on this rank, in host memory: exactly what a slot of the memory pool will hold."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 
-from bdlora_kernels import PackedFactors
+from bdlora_kernels import HostBlock, LayerPlan, PackedAdapter, pack_adapter
 from bdlora_sglang.adapter import Adapter, LoRAModule
 from bdlora_sglang.errors import AdapterError
 from bdlora_sglang.serving.layers import FUSED_MODULES, ServedModule, module_key
@@ -13,8 +13,8 @@ from bdlora_sglang.serving.sharding import Sharding
 
 
 @dataclass(frozen=True)
-class LocalAdapter:
-    """The factors by SGLang layer name, and what the start-up table says of the adapter.
+class AdapterPlan:
+    """What this rank will read of an adapter, by SGLang layer name, and what the start-up table says of it.
 
     ``local_rank`` is the largest rank, over all modules, that this GPU holds. ``targets`` are the SGLang layers that
     the adapter touches on any rank; ``layers`` holds those that it touches on this one.
@@ -25,49 +25,61 @@ class LocalAdapter:
     nblocks: int
     rank: int
     local_rank: int
-    bytes_read: int
     targets: frozenset[str]
-    layers: Mapping[str, PackedFactors]
+    layers: Mapping[str, LayerPlan]
+
+
+@dataclass(frozen=True)
+class LocalAdapter:
+    """A plan and the factors that were read by it."""
+
+    plan: AdapterPlan
+    bytes_read: int
+    packed: PackedAdapter
 
     @property
     def num_bytes(self) -> int:
-        return sum(factors.num_bytes for factors in self.layers.values())
+        return self.packed.num_bytes
 
 
-def load_local_adapter(
-    name: str,
-    adapter: Adapter,
-    served: Mapping[str, ServedModule],
-    sharding: Sharding,
-    dtype: torch.dtype,
-    pin_memory: bool,
-) -> LocalAdapter:
-    """Read this rank's part of ``adapter``.
+def plan_adapter(
+    name: str, adapter: Adapter, served: Mapping[str, ServedModule], sharding: Sharding, dtype: torch.dtype
+) -> AdapterPlan:
+    """Find this rank's part of ``adapter``, without reading it.
 
     Raises:
-        AdapterError: a module that the base model does not have or with other dimensions, NaN or infinity.
+        AdapterError: a module that the base model does not have or with other dimensions.
     """
     by_layer: dict[str, list[LoRAModule]] = {}
     for module in adapter.modules.values():
         by_layer.setdefault(_find(module, adapter, served).layer, []).append(module)
-    layers: dict[str, PackedFactors] = {}
+    layers: dict[str, LayerPlan] = {}
     local_rank = 0
     for layer, modules in sorted(by_layer.items()):
         in_order = sorted(modules, key=_output_order)
-        local = sharding.read(adapter, [(module, served[module_key(module.name)]) for module in in_order], dtype)
+        local = sharding.plan(adapter, [(module, served[module_key(module.name)]) for module in in_order], dtype)
         if local is not None:
-            layers[layer] = _pin(local.packed) if pin_memory else local.packed
+            layers[layer] = local.layer
             local_rank = max(local_rank, local.rank)
-    return LocalAdapter(
+    return AdapterPlan(
         name=name,
         kind=adapter.kind,
         nblocks=adapter.nblocks,
         rank=adapter.max_rank,
         local_rank=local_rank,
-        bytes_read=adapter.checkpoint.bytes_read,
         targets=frozenset(by_layer),
         layers=layers,
     )
+
+
+def read_adapter(plan: AdapterPlan, adapter: Adapter, allocate: Callable[[int], HostBlock]) -> LocalAdapter:
+    """Read this rank's part into a block that ``allocate`` makes for so many elements.
+
+    Raises:
+        AdapterError: NaN, infinity, or a value too large for the model's type.
+    """
+    packed = pack_adapter(plan.layers, allocate)
+    return LocalAdapter(plan, adapter.checkpoint.bytes_read, packed)
 
 
 def _find(module: LoRAModule, adapter: Adapter, served: Mapping[str, ServedModule]) -> ServedModule:
@@ -93,7 +105,3 @@ def _find(module: LoRAModule, adapter: Adapter, served: Mapping[str, ServedModul
 def _output_order(module: LoRAModule) -> int:
     leaf = module.name.rpartition(".")[2]
     return next((names.index(leaf) for names in FUSED_MODULES.values() if leaf in names), 0)
-
-
-def _pin(packed: PackedFactors) -> PackedFactors:
-    return replace(packed, a_E=packed.a_E.pin_memory(), b_E=packed.b_E.pin_memory())

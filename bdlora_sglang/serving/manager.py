@@ -1,7 +1,8 @@
 """The LoRA manager: loads adapters, checks them against the base model, and sizes the pool."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from sglang.srt.lora.utils import auto_detect_lora_target_modules, get_normalize
 from sglang.srt.managers.io_struct import LoRAUpdateOutput
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.runtime_context import get_parallel
-from sglang.srt.utils import is_pin_memory_available, replace_submodule
+from sglang.srt.utils import replace_submodule
 
+from bdlora_kernels import HostBlock, SlotSize
 from bdlora_sglang.adapter import Adapter
 from bdlora_sglang.adapter.locate import adapter_folder, check_adapter_name
 from bdlora_sglang.errors import BDLoRAError
@@ -24,10 +26,10 @@ from bdlora_sglang.serving.communication_free import CommunicationFree
 from bdlora_sglang.serving.fully_sharded import FullySharded
 from bdlora_sglang.serving.kernels import choose_kernels
 from bdlora_sglang.serving.layers import served_modules, wrap_layer
-from bdlora_sglang.serving.local_adapter import LocalAdapter, load_local_adapter
+from bdlora_sglang.serving.local_adapter import LocalAdapter, plan_adapter, read_adapter
 from bdlora_sglang.serving.options import LoRASharding, ServingOptions
 from bdlora_sglang.serving.pool import BDLoRAMemoryPool, slot_sizes_for_adapters
-from bdlora_sglang.serving.sharding import Sharding, SlotSize
+from bdlora_sglang.serving.sharding import Sharding
 
 SHARDINGS: dict[LoRASharding, Sharding] = {
     LoRASharding.COMMUNICATION_FREE: CommunicationFree(),
@@ -84,7 +86,7 @@ class BDLoRAManager(LoRAManager):
                 check_adapter_name(ref.lora_name)
             adapter, config = open_adapter()
             self.validate_new_adapter(config, ref)
-            local = self._load_local(ref, adapter)
+            local = self._read(ref, adapter)
         # Whatever went wrong on this rank, memory included, the other ranks must hear of it: see agreement.py.
         except Exception as error:
             return self.create_lora_update_result(success=False, error_message=str(error) or repr(error))
@@ -94,16 +96,20 @@ class BDLoRAManager(LoRAManager):
         self.num_pinned_loras += int(bool(ref.pinned))
         return self.create_lora_update_result(success=True)
 
-    def _load_local(self, ref: LoRARef, adapter: Adapter) -> LocalAdapter:
+    def _read(self, ref: LoRARef, adapter: Adapter) -> LocalAdapter:
         limit = getattr(self, "max_lora_rank", None)
         if limit is not None and self._rank_is_given and adapter.max_rank > limit:
             raise BDLoRAError(
                 f"{adapter.config.source}: rank: found {adapter.max_rank}, expected at most --max-lora-rank = {limit}"
             )
-        pin_memory = self.device.type != "cpu" and is_pin_memory_available()
-        local = load_local_adapter(ref.lora_name, adapter, self.served, self.sharding, self.dtype, pin_memory)
-        if hasattr(self, "memory_pool"):
-            self.memory_pool.check_fits(local)
+        plan = plan_adapter(ref.lora_name, adapter, self.served, self.sharding, self.dtype)
+        pool = getattr(self, "memory_pool", None)
+        if pool is None:
+            # The pool is made to measure for the first adapters: `init_memory_pool` stages them.
+            return read_adapter(plan, adapter, lambda elements: HostBlock.allocate(elements, 0, self.dtype, False))
+        pool.check_fits(plan)
+        local = read_adapter(plan, adapter, pool.slots.host_block)
+        pool.slots.describe(local.packed)
         return local
 
     def _sglang_config(self, adapter: Adapter, added_tokens: Mapping[str, int] | None) -> LoRAConfig:
@@ -127,7 +133,7 @@ class BDLoRAManager(LoRAManager):
 
     def init_lora_shapes(self, max_lora_rank: int | None = None, target_modules: Iterable[str] | None = None) -> None:
         """Work out the target modules (SGLang's layer names) and the largest rank where they were not given."""
-        adapted = {name.rpartition(".")[2] for lora in self.loras.values() for name in lora.targets}
+        adapted = {name.rpartition(".")[2] for lora in self.loras.values() for name in lora.plan.targets}
         if target_modules is None:
             self.target_modules = adapted
         elif set(target_modules) == {"all"}:
@@ -135,7 +141,7 @@ class BDLoRAManager(LoRAManager):
         else:
             self.target_modules = get_normalized_target_modules(target_modules)
         self._check_target_modules(adapted)
-        self.max_lora_rank = max_lora_rank or max((lora.rank for lora in self.loras.values()), default=0)
+        self.max_lora_rank = max_lora_rank or max((lora.plan.rank for lora in self.loras.values()), default=0)
         self.lora_added_tokens_size = 0
 
     def _check_target_modules(self, adapted: set[str]) -> None:
@@ -174,9 +180,9 @@ class BDLoRAManager(LoRAManager):
             lora_added_tokens_size=self.lora_added_tokens_size,
             enable_lora_overlap_loading=self.enable_lora_overlap_loading,
         )
-        for lora in self.loras.values():
-            self.memory_pool.check_fits(lora)
-        self.fetch_new_loras({None})
+        for lora_id, lora in self.loras.items():
+            self.memory_pool.check_fits(lora.plan)
+            self.loras[lora_id] = replace(lora, packed=self.memory_pool.stage(lora.packed))
 
     def _slot_sizes(self) -> dict[str, SlotSize]:
         """By the limit on the local rank where there is one, else just large enough for the adapters given at start."""
@@ -184,17 +190,26 @@ class BDLoRAManager(LoRAManager):
         limit = self.options.max_local_rank or (self.max_lora_rank if self._rank_is_given else None)
         if limit is not None:
             return {name: self.sharding.slot_size(layer, limit) for name, layer in layers.items()}
-        own = slot_sizes_for_adapters(layers, self.loras.values())
+        own = slot_sizes_for_adapters(layers, [lora.plan for lora in self.loras.values()])
         # Shards can be uneven; the same slots on every rank make an adapter that fits on one fit on all.
         sizes: list[dict[str, SlotSize]] = get_parallel().tp_group.all_gather_object(own)
         return {name: _largest(rank_sizes[name] for rank_sizes in sizes) for name in own}
 
     def update_lora_info(self) -> None:
+        """Give layers their factors. Those that no adapter can touch get none, and SGLang runs the base layer alone."""
         for by_name in self.lora_modules:
             for name, module in by_name.items():
-                module.set_lora_info(self.memory_pool.factors[name])
+                if name in self.memory_pool.slots.layers:
+                    module.set_lora_info(self.memory_pool.slots.layers[name])
 
     # --- batches ---------------------------------------------------------------------------------------------
+
+    def validate_lora_batch(self, lora_ids: Set[str | None]) -> bool:
+        return super().validate_lora_batch(lora_ids - {None})
+
+    def fetch_new_loras(self, new_loras: Set[str | None], running_loras: Set[str | None] = frozenset()) -> None:
+        """As SGLang's, without a slot for the base model."""
+        super().fetch_new_loras(new_loras - {None}, running_loras - {None})
 
     def prepare_lora_batch(self, forward_batch: ForwardBatch) -> None:
         slots = [

@@ -6,27 +6,27 @@ import torch
 from sglang.srt.lora.lora_config import LoRAConfig
 from sglang.srt.lora.mem_pool import LoRAMemoryPool
 
-from bdlora_kernels import LayerFactors
+from bdlora_kernels import PackedAdapter, SlotSize
 from bdlora_sglang.errors import BDLoRAError
-from bdlora_sglang.serving.kernels import Kernels
-from bdlora_sglang.serving.local_adapter import LocalAdapter
-from bdlora_sglang.serving.sharding import Sharding, SlotSize
+from bdlora_sglang.serving.kernels import Kernels, Slots
+from bdlora_sglang.serving.local_adapter import AdapterPlan, LocalAdapter
+from bdlora_sglang.serving.sharding import Sharding
 
 
-def slot_sizes_for_adapters(layers: Iterable[str], adapters: Iterable[LocalAdapter]) -> dict[str, SlotSize]:
-    """Slots that just fit ``adapters``, the same for all layers of a kind (qkv_proj, o_proj, ...)."""
-    by_kind: dict[str, SlotSize] = {}
+def slot_sizes_for_adapters(layers: Iterable[str], adapters: Iterable[AdapterPlan]) -> dict[str, SlotSize]:
+    """Slots that just fit ``adapters``, layer by layer."""
+    sizes = dict.fromkeys(layers, SlotSize())
     for adapter in adapters:
-        for name, factors in adapter.layers.items():
-            by_kind[_kind(name)] = SlotSize.of(factors).max(by_kind.get(_kind(name), SlotSize()))
-    return {name: by_kind.get(_kind(name), SlotSize()) for name in layers}
+        for name, layer in adapter.layers.items():
+            sizes[name] = SlotSize.of(layer).max(sizes[name])
+    return sizes
 
 
 class BDLoRAMemoryPool(LoRAMemoryPool):
     """SGLang's slots and eviction, over flat buffers that hold an adapter's local factors and no zeros.
 
     At the same rank, an adapter with N blocks takes 1/N of the memory on N ranks that SGLang's own pool would
-    (``LoRAMemoryPool`` replicates A of column-parallel and B of row-parallel layers).
+    (``LoRAMemoryPool`` replicates A of column-parallel and B of row-parallel layers). The base model has no slot.
     """
 
     def __init__(
@@ -39,52 +39,51 @@ class BDLoRAMemoryPool(LoRAMemoryPool):
 
     def init_buffers(self, base_model: torch.nn.Module) -> None:
         """Allocate all slots; called by SGLang's constructor."""
-        self.factors: dict[str, LayerFactors] = {
-            name: self._kernels.allocate(self.max_loras_per_batch, size, self.dtype)
-            for name, size in self._slot_sizes.items()
-        }
-
-    @property
-    def slot_bytes(self) -> int:
-        """Bytes of one slot, all layers together."""
-        return sum(size.a + size.b for size in self._slot_sizes.values()) * self.dtype.itemsize
+        self.slots: Slots = self._kernels.allocate(self.max_loras_per_batch, self._slot_sizes, self.dtype)
 
     def can_support(self, config: LoRAConfig | Iterable[LoRAConfig]) -> bool:
         """Always true: what fits depends on the local factors, see `check_fits`."""
         return True
 
-    def check_fits(self, adapter: LocalAdapter) -> None:
+    def check_fits(self, adapter: AdapterPlan) -> None:
         """Raise `BDLoRAError` when a slot is too small for ``adapter`` or a layer of it has no slot at all."""
-        for name, factors in adapter.layers.items():
+        for name, layer in adapter.layers.items():
             size = self._slot_sizes.get(name, SlotSize())
-            if size == SlotSize():
-                raise BDLoRAError(
-                    f"adapter '{adapter.name}': found LoRA on '{_kind(name)}', expected only target modules of this "
-                    f"server: {', '.join(sorted({_kind(n) for n, s in self._slot_sizes.items() if s.a}))}; "
-                    "start it with --lora-target-modules that include it"
+            if not size:
+                kinds = sorted({_kind(other) for other in self.slots.layers})
+                flag = (
+                    self._sharding.flag_that_fits(adapter.rank, adapter.local_rank)
+                    if name in self._slot_sizes
+                    else "--lora-target-modules that include it"
                 )
-            if not size.fits(SlotSize.of(factors)):
+                raise BDLoRAError(
+                    f"adapter '{adapter.name}': found LoRA on '{name}', expected only layers that this server has room "
+                    f"for ({', '.join(kinds)} of {len(self.slots.layers)} layers in all); start it with {flag}"
+                )
+            if not size.fits(SlotSize.of(layer)):
                 raise BDLoRAError(
                     f"adapter '{adapter.name}': found local rank {adapter.local_rank} ({adapter.kind}, rank "
-                    f"{adapter.rank}, {adapter.nblocks} blocks) with {factors.a_E.numel()} + {factors.b_E.numel()} "
-                    f"elements of '{name}', expected at most the slot's {size.a} + {size.b}; "
-                    f"start the server with {self._sharding.flag_that_fits(adapter.rank, adapter.local_rank)} or more"
+                    f"{adapter.rank}, {adapter.nblocks} blocks) with {layer.a_elements} + {layer.b_elements} elements "
+                    f"of '{name}', expected at most the slot's {size.a} + {size.b}; start the server with "
+                    f"{self._sharding.flag_that_fits(adapter.rank, adapter.local_rank)} or more"
                 )
+
+    def stage(self, adapter: PackedAdapter) -> PackedAdapter:
+        """The same adapter, which fits, in host memory from which a slot can be filled at once."""
+        staged = adapter.moved_to(self.slots.host_block(len(adapter.block.factors_E)))
+        self.slots.describe(staged)
+        return staged
 
     def load_lora_weight_to_buffer(
         self, uid: str | None, buffer_id: int, lora_adapter: LocalAdapter | None, *_modules: object
     ) -> None:
-        """Copy an adapter's factors into slot ``buffer_id``; ``uid`` None, the base model, empties it."""
-        self._clear_buffer_slot_for_base(buffer_id)
-        if uid is None:
-            return
+        """Copy an adapter's factors into slot ``buffer_id``."""
+        assert uid is not None, "the base model has no slot"
         assert lora_adapter is not None, f"adapter {uid} is in a batch but was never loaded"
-        for name, packed in lora_adapter.layers.items():
-            self.factors[name].write(buffer_id, packed)
+        self.slots.write(buffer_id, lora_adapter.packed)
 
     def _clear_buffer_slot_for_base(self, buffer_id: int) -> None:
-        for factors in self.factors.values():
-            factors.clear(buffer_id)
+        self.slots.clear(buffer_id)
 
 
 def _kind(layer: str) -> str:

@@ -22,7 +22,7 @@ def print_adapters(model_runner: ModelRunner) -> None:
         console.print(adapter_table(manager.loras.values(), tp_size))
     console.print(
         f"BD-LoRA is in place: {num_layers} layers, {pool.max_loras_per_batch} slots of "
-        f"{format_bytes(pool.slot_bytes)} per GPU, {manager.sharding.description}.",
+        f"{format_bytes(pool.slots.slot_bytes)} per GPU, {manager.sharding.description}.",
         soft_wrap=True,
     )
 
@@ -34,8 +34,9 @@ def adapter_table(adapters: Iterable[LocalAdapter], tp_size: int) -> Table:
     for column in ("blocks", "rank", "local rank", "per GPU"):
         table.add_column(column, justify="right")
     for lora in adapters:
+        plan = lora.plan
         table.add_row(
-            lora.name, lora.kind, str(lora.nblocks), str(lora.rank), str(lora.local_rank), format_bytes(lora.num_bytes)
+            plan.name, plan.kind, str(plan.nblocks), str(plan.rank), str(plan.local_rank), format_bytes(lora.num_bytes)
         )
     return table
 

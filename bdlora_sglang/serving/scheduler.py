@@ -136,6 +136,12 @@ class BDLoRAScheduler(Scheduler):
         if on_cpu_platform():
             self.request_receiver: SchedulerRequestReceiver = request_receiver_over_shared_memory(self.request_receiver)
 
+    def can_schedule_lora_req(self, req: Any, running_loras: set[str | None]) -> bool:
+        # SGLang's loader would wait for a slot that holds the base model.
+        if req.lora_id is None:
+            return self.lora_drainer is None or self.lora_drainer.can_schedule(req)
+        return super().can_schedule_lora_req(req, running_loras)
+
     def init_tp_model_worker(self) -> None:
         self.tp_worker = BDLoRATpWorker(
             server_args=self.server_args,

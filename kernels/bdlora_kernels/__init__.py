@@ -4,21 +4,44 @@ What runs Triton is in `bdlora_kernels.launch`, which this package does not impo
 """
 
 from bdlora_kernels.batched import BatchedFactors, add_lora_delta
-from bdlora_kernels.layout import LayerFactors, PackedFactors, Slice, UnpackedSlice, pack
+from bdlora_kernels.batched_slots import BatchedSlots
+from bdlora_kernels.device_slots import DeviceFactors, DeviceSlots
+from bdlora_kernels.layout import LayerFactors, PackedFactors, Slice
+from bdlora_kernels.packing import (
+    HostBlock,
+    LayerPlan,
+    PackedAdapter,
+    PlannedSlice,
+    UnpackedSlice,
+    pack,
+    pack_adapter,
+    plan_layer,
+)
 from bdlora_kernels.segments import Segment, TokenBatch, group_tokens
+from bdlora_kernels.slot_size import SlotSize
 from bdlora_kernels.tables import SegmentTable, SliceTables
 
 __all__ = [
     "BatchedFactors",
+    "BatchedSlots",
+    "DeviceFactors",
+    "DeviceSlots",
+    "HostBlock",
     "LayerFactors",
+    "LayerPlan",
+    "PackedAdapter",
     "PackedFactors",
+    "PlannedSlice",
     "Segment",
     "SegmentTable",
     "Slice",
     "SliceTables",
+    "SlotSize",
     "TokenBatch",
     "UnpackedSlice",
     "add_lora_delta",
     "group_tokens",
     "pack",
+    "pack_adapter",
+    "plan_layer",
 ]

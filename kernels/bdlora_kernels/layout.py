@@ -3,13 +3,13 @@
 Shape suffixes: S slots, T tokens, I input features of this rank, O output features of this rank.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
-# Factors start at multiples of this many elements: 16 bytes in 16-bit types, the widest load of one GPU thread.
-ALIGNMENT = 8
+# Factors start at multiples of this many elements, and slots are so many apart. Triton sees that an argument is a
+# multiple of 16, and of nothing else: with such a stride between slots it loads 16 bytes at once.
+ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
@@ -72,50 +72,32 @@ def align(elements: int) -> int:
 
 @dataclass(frozen=True)
 class PackedFactors:
-    """One adapter's factors for one layer, flat; B takes the shrink outputs of ``gathered`` ranks."""
+    """One adapter's factors for one layer, flat; B takes the shrink outputs of ``gathered`` ranks.
+
+    ``start`` is where ``a_E`` begins in the adapter's block, with ``b_E`` right behind it (`pack_adapter`).
+    """
 
     a_E: torch.Tensor
     b_E: torch.Tensor
     slices: tuple[Slice, ...]
     gathered: int = 1
+    start: int = 0
+
+    @property
+    def a_elements(self) -> int:
+        return self.a_E.numel()
+
+    @property
+    def b_elements(self) -> int:
+        return self.b_E.numel()
 
     @property
     def num_bytes(self) -> int:
         return self.a_E.numel() * self.a_E.element_size() + self.b_E.numel() * self.b_E.element_size()
 
-
-@dataclass(frozen=True)
-class UnpackedSlice:
-    """A slice before packing: ``a`` is ``(rank, input_size)``, ``b`` is ``(output_size, rank)``."""
-
-    a: torch.Tensor
-    b: torch.Tensor
-    input_start: int
-    output_start: int
-    scaling: float
-
-
-def pack(parts: Sequence[UnpackedSlice], gathered: int = 1) -> PackedFactors:
-    """Lay the factors of one layer out for a slot, in the order given; ``parts`` must not be empty.
-
-    Neighbours that read the same inputs share one A matrix, so only the first of such a run is aligned. ``gathered``
-    is the number of ranks whose shrink outputs B takes: its columns are those of ``gathered`` A factors.
-    """
-    slices: list[Slice] = []
-    a_stop = b_stop = 0
-    for part in parts:
-        (rank, input_size), output_size = part.a.shape, part.b.shape[0]
-        assert part.b.shape[1] == gathered * rank, (part.a.shape, part.b.shape, gathered)
-        window = (part.input_start, input_size)
-        if not slices or window != (slices[-1].input_start, slices[-1].input_size):
-            a_stop = align(a_stop)
-        b_stop = align(b_stop)
-        slices.append(Slice(*window, part.output_start, output_size, rank, a_stop, b_stop, part.scaling))
-        a_stop += rank * input_size
-        b_stop += part.b.numel()
-    a_E = parts[0].a.new_zeros(align(a_stop))
-    b_E = parts[0].b.new_zeros(align(b_stop))
-    for part, place in zip(parts, slices, strict=True):
-        a_E[place.a_offset : place.a_offset + part.a.numel()] = part.a.flatten()
-        b_E[place.b_offset : place.b_offset + part.b.numel()] = part.b.flatten()
-    return PackedFactors(a_E, b_E, tuple(slices), gathered)
+    def slices_in_block(self) -> tuple[Slice, ...]:
+        """The same slices, with offsets from the start of the adapter's block."""
+        b_start = self.start + self.a_elements
+        return tuple(
+            replace(part, a_offset=self.start + part.a_offset, b_offset=b_start + part.b_offset) for part in self.slices
+        )

@@ -18,6 +18,7 @@ from bdlora_kernels.layout import Slice
 # int32 fields of an entry: one aligned load of 16 or 32 bytes.
 TILE_FIELDS = 4
 ENTRY_FIELDS = 8
+_FIELD_BYTES = 4
 # Ranks that one program multiplies at a time: a tensor core takes 16; beyond 32 the expand runs out of registers.
 _MIN_BLOCK, _MAX_SHRINK_BLOCK, _MAX_EXPAND_BLOCK = 16, 64, 32
 
@@ -89,16 +90,16 @@ def expand_slices(slices: Sequence[Slice]) -> list[ExpandSlice]:
 class _SlotTable:
     """Entries of ENTRY_FIELDS integers for each slot, behind a header whose first field is their number."""
 
-    def __init__(self, num_slots: int, capacity: int, block_rank: int, device: torch.device) -> None:
-        self.capacity, self.block_rank = capacity, block_rank
-        self.entries_SEF = torch.zeros(num_slots, 1 + capacity, ENTRY_FIELDS, dtype=torch.int32, device=device)
+    def __init__(self, entries_SEF: torch.Tensor, block_rank: int) -> None:
+        """On entries that may be a view of a larger table."""
+        self.entries_SEF, self.block_rank = entries_SEF, block_rank
+        self.capacity = entries_SEF.shape[1] - 1
 
-    def _write(self, slot: int, entries: Sequence[Sequence[int]]) -> None:
+    def _pack_into(self, buffer: bytearray, first: int, entries: Sequence[tuple[int, ...]]) -> None:
         if len(entries) > self.capacity:
-            raise ValueError(f"slot {slot}: found {len(entries)} entries, expected at most {self.capacity}")
-        rows = [(len(entries),), *entries]
-        padded = [[*row, *[0] * (ENTRY_FIELDS - len(row))] for row in rows]
-        copy_to_device(self.entries_SEF[slot, : len(rows)], torch.tensor(padded, dtype=torch.int32))
+            raise ValueError(f"found {len(entries)} entries, expected at most {self.capacity}")
+        for index, fields in enumerate([(len(entries),), *entries], first):
+            struct.pack_into(f"={len(fields)}i", buffer, index * ENTRY_FIELDS * _FIELD_BYTES, *fields)
 
 
 class ShrinkTable(_SlotTable):
@@ -112,53 +113,78 @@ class ShrinkTable(_SlotTable):
         """
         return -(-self.capacity // self.block_rank)
 
-    def write(self, slot: int, groups: Sequence[ShrinkGroup]) -> None:
-        """Replace what ``slot`` holds; raises ValueError beyond the table's capacity."""
+    def pack_into(self, buffer: bytearray, first: int, groups: Sequence[ShrinkGroup]) -> None:
+        """Write the entries of one slot; raises ValueError beyond the table's capacity."""
         blocks = [block for group in groups for block in group.blocks(self.block_rank)]
-        fields = [(b.input_start, b.input_size, b.rank, b.a_offset, b.h_start) for b in blocks]
-        self._write(slot, fields)
+        self._pack_into(buffer, first, [(b.input_start, b.input_size, b.rank, b.a_offset, b.h_start) for b in blocks])
 
 
 class ExpandTable(_SlotTable):
     """For each slot, its slices, whose columns are multiplied ``block_rank`` at a time."""
 
-    def write(self, slot: int, slices: Sequence[ExpandSlice]) -> None:
-        """Replace what ``slot`` holds; raises ValueError beyond the table's capacity."""
+    def pack_into(self, buffer: bytearray, first: int, slices: Sequence[ExpandSlice]) -> None:
+        """Write the entries of one slot; raises ValueError beyond the table's capacity."""
         fields = [
             (s.output_start, s.output_size, s.rank, s.b_row_size, s.b_offset, s.h_start, _bits(s.scaling))
             for s in slices
         ]
-        self._write(slot, fields)
+        self._pack_into(buffer, first, fields)
 
 
 @dataclass(frozen=True)
 class SliceTables:
-    """The tables of one layer; ``h_size`` is the largest sum of ranks of a slot."""
+    """The tables of one layer, a view of those of all layers or alone.
+
+    A slot's part is `entries_per_slot` entries, one behind the other; ``h_size`` is the largest sum of its ranks.
+    """
 
     shrink: ShrinkTable
     expand: ExpandTable
     h_size: int
 
+    @staticmethod
+    def entries_per_slot(h_size: int) -> int:
+        return 2 * (1 + h_size)
+
     @classmethod
-    def allocate(cls, num_slots: int, usual_rank: int, h_size: int, device: torch.device) -> "SliceTables":
-        """Empty tables.
+    def on(cls, entries_SEF: torch.Tensor, usual_rank: int, h_size: int) -> "SliceTables":
+        """Tables on memory of ``(slots, entries_per_slot, ENTRY_FIELDS)``, whose zeros mean that slots are empty.
 
         Args:
-            num_slots: slots of the layer's pool.
+            entries_SEF: rows may lie apart.
             usual_rank: rank of a slice; larger ones are served in several steps.
             h_size: largest sum of the ranks of a slot, however many slices they are of.
-            device: that of the pool.
         """
-        shrink = ShrinkTable(num_slots, h_size, _block_rank(h_size, _MAX_SHRINK_BLOCK), device)
-        return cls(shrink, ExpandTable(num_slots, h_size, _block_rank(usual_rank, _MAX_EXPAND_BLOCK), device), h_size)
+        shrink_SEF, expand_SEF = entries_SEF[:, : 1 + h_size], entries_SEF[:, 1 + h_size :]
+        shrink = ShrinkTable(shrink_SEF, _block_rank(h_size, _MAX_SHRINK_BLOCK))
+        return cls(shrink, ExpandTable(expand_SEF, _block_rank(usual_rank, _MAX_EXPAND_BLOCK)), h_size)
 
-    def write(self, slot: int, slices: Sequence[Slice]) -> None:
-        """Replace what ``slot`` holds; no slices: its tokens are left alone."""
+    @classmethod
+    def allocate(cls, num_slots: int, usual_rank: int, h_size: int, device: torch.device) -> "SliceTables":
+        """Empty tables of one layer alone."""
+        shape = num_slots, cls.entries_per_slot(h_size), ENTRY_FIELDS
+        return cls.on(torch.zeros(shape, dtype=torch.int32, device=device), usual_rank, h_size)
+
+    def pack_into(self, buffer: bytearray, first: int, slices: Sequence[Slice]) -> None:
+        """Write a slot's part from entry ``first`` of a host buffer on; no slices: its tokens are left alone.
+
+        Raises:
+            ValueError: more ranks than ``h_size``.
+        """
         total = sum(part.rank for part in slices)
         if total > self.h_size:
-            raise ValueError(f"slot {slot}: found {total} ranks together, expected at most {self.h_size}")
-        self.shrink.write(slot, shrink_groups(slices))
-        self.expand.write(slot, expand_slices(slices))
+            raise ValueError(f"found {total} ranks together, expected at most {self.h_size}")
+        self.shrink.pack_into(buffer, first, shrink_groups(slices))
+        self.expand.pack_into(buffer, first + 1 + self.h_size, expand_slices(slices))
+
+    def write(self, slot: int, slices: Sequence[Slice]) -> None:
+        """Replace what ``slot`` holds of this layer alone; raises ValueError like `pack_into`."""
+        fields = self.entries_per_slot(self.h_size) * ENTRY_FIELDS
+        buffer = bytearray(fields * _FIELD_BYTES)
+        self.pack_into(buffer, 0, slices)
+        half = torch.frombuffer(buffer, dtype=torch.int32).view(2, -1, ENTRY_FIELDS)
+        copy_to_device(self.shrink.entries_SEF[slot], half[0])
+        copy_to_device(self.expand.entries_SEF[slot], half[1])
 
 
 class SegmentTable:

@@ -48,7 +48,7 @@ def test_factors_start_aligned_and_do_not_overlap() -> None:
         assert all(second - first >= size for first, second in pairwise(starts))
 
 
-@pytest.mark.parametrize(("elements", "aligned"), [(0, 0), (1, 8), (7, 8), (8, 8), (9, 16)])
+@pytest.mark.parametrize(("elements", "aligned"), [(0, 0), (1, 16), (15, 16), (16, 16), (17, 32)])
 def test_align(elements: int, aligned: int) -> None:
     assert align(elements) == aligned
 

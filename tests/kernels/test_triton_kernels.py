@@ -35,7 +35,7 @@ from bdlora_kernels.launch import (
     make_second_stream,
     shrink,
 )
-from bdlora_kernels.tables import ExpandSlice, ExpandTable, SegmentTable
+from bdlora_kernels.tables import ENTRY_FIELDS, ExpandSlice, ExpandTable, SegmentTable
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 each_configuration = pytest.mark.parametrize("configuration", CONFIGURATIONS.values(), ids=CONFIGURATIONS)
@@ -225,10 +225,11 @@ def test_fully_sharded() -> None:
         gathered.append(h_PTR[0])
     # Rank after rank, each with room for more columns than it uses.
     h_PTR = torch.full((1, 5, 2 * 8), POISON, device=DEVICE)
-    table = ExpandTable(1, 2, 16, DEVICE)
-    table.write(
-        0, [ExpandSlice(0, outputs, half, rank, n * half, n * 8, whole_layer.unpacked[0][0].scaling) for n in (0, 1)]
-    )
+    scaling = whole_layer.unpacked[0][0].scaling
+    buffer = bytearray(4 * 3 * ENTRY_FIELDS)
+    table = ExpandTable(torch.zeros(1, 3, ENTRY_FIELDS, dtype=torch.int32, device=DEVICE), 16)
+    table.pack_into(buffer, 0, [ExpandSlice(0, outputs, half, rank, n * half, n * 8, scaling) for n in (0, 1)])
+    table.entries_SEF.copy_(torch.frombuffer(buffer, dtype=torch.int32).view(1, 3, ENTRY_FIELDS))
     for n, h_TR in enumerate(gathered):
         h_PTR[0, :, n * 8 : n * 8 + half] = h_TR
     result = y_TO.to(DEVICE, copy=True)

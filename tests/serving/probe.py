@@ -45,7 +45,7 @@ class ProbedScheduler(BDLoRAScheduler):
         partial.replace(path)
 
     def _measure(self) -> dict[str, dict[str, int]]:
-        return {lora.name: self._measure_adapter(lora) for lora in self._manager.loras.values()}
+        return {lora.plan.name: self._measure_adapter(lora) for lora in self._manager.loras.values()}
 
     @property
     def _manager(self) -> BDLoRAManager:
@@ -58,20 +58,20 @@ class ProbedScheduler(BDLoRAScheduler):
             "base_hf_config": manager.base_hf_config,
             "max_loras_per_batch": 1,
             "dtype": manager.dtype,
-            "max_lora_rank": lora.rank,
+            "max_lora_rank": lora.plan.rank,
             "target_modules": manager.target_modules,
             "base_model": manager.base_model,
             "eviction_policy": manager.eviction_policy,
             "lora_added_tokens_size": 0,
         }
-        sizes = slot_sizes_for_adapters([name for layer in manager.lora_modules for name in layer], [lora])
+        sizes = slot_sizes_for_adapters([name for layer in manager.lora_modules for name in layer], [lora.plan])
         ours = BDLoRAMemoryPool(slot_sizes=sizes, sharding=manager.sharding, kernels=manager.kernels, **common)
         theirs = LoRAMemoryPool(**common)
         buffers = [*theirs.A_buffer.values(), *theirs.B_buffer.values()]
         return {
             "bytes_read": lora.bytes_read,
             "host_bytes": lora.num_bytes,
-            "pool_bytes": sum(factors.a_SE.nbytes + factors.b_SE.nbytes for factors in ours.factors.values()),
+            "pool_bytes": ours.slots.slot_bytes,
             "sglang_pool_bytes": sum(tensor.nbytes for by_layer in buffers for tensor in by_layer),
         }
 

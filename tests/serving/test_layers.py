@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bdlora_kernels import BatchedFactors, PackedFactors, group_tokens
+from bdlora_kernels import BatchedFactors, HostBlock, PackedFactors, SlotSize, group_tokens
 from bdlora_sglang.adapter import Adapter
 from tests.serving.zoo import Zoo
 
@@ -115,10 +115,10 @@ def test_row_parallel_partial_sums(zoo: Zoo, as_rank: Any, tp: int, nblocks: int
     torch.testing.assert_close(total, expected, atol=1e-4, rtol=1e-5)
 
 
-def assert_fits(slot: Any, factors: BatchedFactors) -> None:
+def assert_fits(slot: SlotSize, factors: BatchedFactors) -> None:
     """A slot for adapters of this rank takes what the rank holds of one."""
-    packed = PackedFactors(factors.a_SE[0], factors.b_SE[0], factors.slices[0])
-    assert slot.fits(type(slot).of(packed)), (slot, type(slot).of(packed))
+    needed = SlotSize.of(PackedFactors(factors.a_SE[0], factors.b_SE[0], factors.slices[0]))
+    assert slot.fits(needed), (slot, needed)
 
 
 def _forward(adapter: Adapter, kind: str, layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -141,7 +141,7 @@ def _forward(adapter: Adapter, kind: str, layer: torch.nn.Module, x: torch.Tenso
 def _local_factors(adapter: Adapter, kind: str, layer: torch.nn.Module, sharding: Any) -> BatchedFactors:
     """The factors of the first layer that this rank holds, in slot 0 of a pool."""
     from bdlora_sglang.serving.layers import served_modules
-    from bdlora_sglang.serving.local_adapter import load_local_adapter
+    from bdlora_sglang.serving.local_adapter import plan_adapter, read_adapter
 
     parent = "self_attn" if kind == "qkv_proj" else "mlp"
     tree = torch.nn.ModuleDict({"model": torch.nn.ModuleDict({"layers": torch.nn.ModuleList([])})})
@@ -150,7 +150,9 @@ def _local_factors(adapter: Adapter, kind: str, layer: torch.nn.Module, sharding
     # The adapter covers all layers of its model; here is the first.
     first = {name: module for name, module in adapter.modules.items() if ".layers.0." in name}
     own = Adapter(adapter.config, first, adapter.checkpoint)
-    (packed,) = load_local_adapter("test", own, served, sharding, torch.float32, pin_memory=False).layers.values()
+    plan = plan_adapter("test", own, served, sharding, torch.float32)
+    local = read_adapter(plan, own, lambda elements: HostBlock.allocate(elements, 0, torch.float32, pin_memory=False))
+    (packed,) = local.packed.layers.values()
     factors = BatchedFactors.allocate(1, packed.a_E.numel(), packed.b_E.numel(), torch.float32, torch.device("cpu"))
     factors.write(0, packed)
     return factors

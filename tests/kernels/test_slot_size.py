@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bdlora_kernels import PackedFactors, UnpackedSlice, pack
+from bdlora_kernels import PackedFactors, SlotSize, UnpackedSlice, pack
 
 INPUTS, OUTPUTS = 64, 48
 
@@ -17,8 +17,6 @@ def blocks(count: int, rank: int) -> PackedFactors:
 
 @pytest.mark.parametrize("count", [1, 2, 4, 8])
 def test_a_slot_fits_any_number_of_blocks(count: int) -> None:
-    from bdlora_sglang.serving.sharding import SlotSize
-
     slot = SlotSize.of(blocks(1, 8))
     assert slot.fits(SlotSize.of(blocks(count, 8)))
     assert not slot.fits(SlotSize.of(blocks(count, 16)))

@@ -1,0 +1,54 @@
+"""How much room one slot of one layer has."""
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from typing import Protocol
+
+from bdlora_kernels.layout import Slice
+
+
+class Measured(Protocol):
+    """A layer's factors, packed or just planned."""
+
+    @property
+    def slices(self) -> Sequence[Slice]: ...
+
+    @property
+    def a_elements(self) -> int: ...
+
+    @property
+    def b_elements(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class SlotSize:
+    """What one slot of one layer has room for.
+
+    Attributes:
+        a, b: elements of the A and the B factors.
+        ranks: ranks of all slices together, however many there are.
+        usual_rank: rank of one slice; no limit, the kernels are chosen by it.
+    """
+
+    a: int = 0
+    b: int = 0
+    ranks: int = 0
+    usual_rank: int = 0
+
+    @classmethod
+    def of(cls, factors: Measured) -> "SlotSize":
+        """Just large enough for ``factors``."""
+        ranks = [part.rank for part in factors.slices]
+        return cls(factors.a_elements, factors.b_elements, sum(ranks), max(ranks))
+
+    def __bool__(self) -> bool:
+        """Whether there is room for anything at all."""
+        return self.ranks > 0
+
+    def max(self, other: "SlotSize") -> "SlotSize":
+        """Large enough for whatever fits either."""
+        return SlotSize(*map(max, astuple(self), astuple(other)))
+
+    def fits(self, other: "SlotSize") -> bool:
+        """Whether what needs ``other`` fits here."""
+        return other.a <= self.a and other.b <= self.b and other.ranks <= self.ranks
