@@ -7,8 +7,9 @@ from bdlora_cli.perf_compare import compare
 from bdlora_cli.perf_engine import engine
 from bdlora_cli.perf_estimate import estimate
 from bdlora_cli.perf_kernels import kernels
+from bdlora_cli.perf_render import render
 from bdlora_cli.perf_serve import serve
 
 app = typer.Typer(name="perf", help="Throughput and latency: measured, estimated, compared.", no_args_is_help=True)
-for command in (serve, engine, collectives, kernels, estimate, compare):
+for command in (serve, engine, collectives, kernels, estimate, compare, render):
     app.command()(command)

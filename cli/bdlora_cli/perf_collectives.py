@@ -44,7 +44,7 @@ def collectives(
     from rich.console import Console
 
     from bdlora_perf.collectives.measure import CollectivesOptions, measure_collectives
-    from bdlora_perf.report.write import write_report
+    from bdlora_perf.report.render import write_report
     from bdlora_perf.serve.systems import choose_systems
 
     has_gpu = torch.accelerator.is_available()

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from bdlora_perf.report.compare import Comparison
 
-_COLORS = {"improvement": "green", "regression": "red", "changed": "yellow", "no change": "default"}
+_COLORS = {"improvement": "green", "regression": "red", "changed": "yellow"}
 
 
 def compare(
@@ -19,7 +19,10 @@ def compare(
     tolerance: Annotated[float, typer.Option(min=0, help="A relative change of a median up to this is none.")] = 0.05,
     only_changes: Annotated[bool, typer.Option("--only-changes", help="Leave out what did not change.")] = False,
 ) -> None:
-    """Show what changed from A to B beyond the noise of both; exit with 1 when something became worse."""
+    """Show what changed from A to B beyond the noise of both; exit with 1 when something became worse.
+
+    p-values are adjusted for the number of figures (Benjamini and Hochberg), so that noise alone is no regression.
+    """
     from rich.console import Console
 
     from bdlora_perf.report.compare import compare_reports
@@ -36,25 +39,26 @@ def _print(comparison: "Comparison", console: "Console", only_changes: bool) -> 
     from rich.table import Table
 
     from bdlora_perf.report.compare import Verdict
-    from bdlora_perf.report.results import format_number
+    from bdlora_perf.report.frame import format_number
 
-    shown = [change for change in comparison.changes if not only_changes or change.verdict is not Verdict.SAME]
+    quiet = (Verdict.SAME, Verdict.UNTESTED) if only_changes else ()
+    shown = [change for change in comparison.changes if change.verdict not in quiet]
     for metric in dict.fromkeys(change.metric for change in shown):
         table = Table(title=escape(metric), title_justify="left")
         for column in ("system", "point"):
             table.add_column(column, overflow="fold")
-        for column in ("A", "B", "ratio", "noise"):
+        for column in ("A", "B", "ratio", "p"):
             table.add_column(column, justify="right", no_wrap=True)
         table.add_column("verdict", no_wrap=True)
         for change in (change for change in shown if change.metric == metric):
-            color = _COLORS[change.verdict.value]
+            color = _COLORS.get(change.verdict.value, "default")
             table.add_row(
                 escape(change.system),
                 escape(change.point),
                 format_number(change.a),
                 format_number(change.b),
                 "-" if change.ratio is None else f"{change.ratio:.3f}",
-                "-" if change.noise is None else f"±{change.noise:.1%}",
+                "-" if change.p_value is None else f"{change.p_value:.3f}",
                 f"[{color}]{change.verdict.value}[/{color}]",
             )
         console.print(table)

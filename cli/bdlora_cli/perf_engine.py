@@ -60,7 +60,7 @@ def engine(
     from bdlora_perf.engine.measure import measure_engine
     from bdlora_perf.engine.plan import ITEM_BYTES, LORA, EngineOptions
     from bdlora_perf.engine.report import INTERRUPTED
-    from bdlora_perf.report.write import write_report
+    from bdlora_perf.report.render import write_report
 
     tps, dtypes = list(dict.fromkeys(tp or _TP)), list(dict.fromkeys(dtype or _DTYPES))
     for name in dtypes:

@@ -56,7 +56,7 @@ def estimate(
         for line in source_lines(made.deployment.gpu):
             console.print(line, highlight=False, soft_wrap=True, markup=False)
     if output is not None:
-        from bdlora_perf.report.write import write_report
+        from bdlora_perf.report.render import write_report
 
         report = make_report(made, shlex.join(["bdlora", *sys.argv[1:]]), time.perf_counter() - started)
         written = write_report(report, output)

@@ -28,7 +28,7 @@ def kernels(
     from rich.console import Console
 
     from bdlora_perf.kernels.results import load_raw, make_report
-    from bdlora_perf.report.write import write_report
+    from bdlora_perf.report.render import write_report
 
     if raw is None:
         if not interpret and not torch.cuda.is_available():

@@ -50,13 +50,12 @@ def check_output(folder: Path, force: bool) -> None:
 
 def print_report(console: Console, report: "Report", paths: list[Path]) -> None:
     """The speed-ups by the first metric (its figures where nothing is compared), failures, notes, and the files."""
-    from bdlora_perf.report.results import Results
+    from bdlora_perf.report.frame import Results
     from bdlora_perf.report.tables import median_tables, speed_up_tables
 
     results = Results(report)
-    first = [report.metrics[name].label for name in (results.headlines or results.metrics)[:1]]
-    speed_ups = [table for table in speed_up_tables(results) if any(label in table.title for label in first)]
-    for content in speed_ups or median_tables(results)[:1]:
+    speed_ups = speed_up_tables(results)
+    for content in speed_ups[: 2 * len(report.baselines)] or median_tables(results)[:1]:
         table = Table(title=content.title, caption=content.caption)
         for i, column in enumerate(content.columns):
             table.add_column(column, justify="left" if i < content.texts else "right")

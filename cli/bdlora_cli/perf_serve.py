@@ -134,7 +134,7 @@ serve.__doc__ = _HELP
 
 
 def _measure(options: "ServeOptions", output: Path) -> None:
-    from bdlora_perf.report.write import write_report
+    from bdlora_perf.report.render import write_report
     from bdlora_perf.serve.benchmark import run_benchmark
 
     console = Console()

@@ -12,6 +12,8 @@ SCHEMA_VERSION: Final = 1
 
 Kind = Literal["serve", "collectives", "kernels", "estimate", "engine"]
 Value = str | int | float | bool | None
+# Where in a sweep a figure was measured: the value of each dimension.
+Point = dict[str, Value]
 
 
 class _Record(BaseModel):
@@ -52,7 +54,7 @@ class Sample(_Record):
     """
 
     system: str
-    point: dict[str, Value]
+    point: Point
     round: int
     metrics: dict[str, float]
 
@@ -61,7 +63,7 @@ class Failure(_Record):
     """A part of the sweep that could not be measured, and the end of the log that says why."""
 
     system: str
-    point: dict[str, Value] = {}
+    point: Point = {}
     message: str
     log_tail: str = ""
 

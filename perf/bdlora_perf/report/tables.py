@@ -1,31 +1,27 @@
-"""The tables of a report's pages: every figure is worked out and formatted here, once for all renderers."""
+"""The tables of a report's pages: every figure is worked out and formatted here, once for all templates."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-from bdlora_perf.report.results import (
-    Point,
+import pandas as pd
+
+from bdlora_perf.report.frame import (
+    CONFIDENCE,
+    Ratio,
     Results,
     count_rounds,
     format_number,
     format_value,
     label_with_unit,
+    mean_ratio,
     spaced,
 )
-from bdlora_perf.report.schema import Kind, Metric, Report
-from bdlora_perf.report.statistics import CONFIDENCE, Ratio, Spread
+from bdlora_perf.report.kinds import LAYOUTS
+from bdlora_perf.report.schema import Point, Report
 
 # How many rows a reader takes in at a glance; longer tables are folded away.
 _FOLD_ABOVE = 24
-# Over what the speed-ups are summarised, beside the mean over everything: dimensions, by kind of report.
-GROUPED_BY: Mapping[Kind, tuple[str, ...]] = {
-    "serve": ("concurrency", "request_rate"),
-    "collectives": ("operation",),
-    "kernels": ("phase", "layer"),
-    "estimate": ("phase", "concurrency", "rank"),
-    "engine": ("tp",),
-}
 
 
 @dataclass(frozen=True)
@@ -59,89 +55,75 @@ def run_table(report: Report) -> Table:
     return Table("Machine and command", ("", ""), tuple(rows.items()), texts=2)
 
 
-def settings_table(results: Results) -> Table | None:
+def settings_table(results: Results) -> Table:
     """The settings that all systems and points share."""
     settings = {**results.report.settings, **results.fixed}
     rows = tuple((spaced(name), format_value(value)) for name, value in settings.items())
-    return Table("Settings", ("setting", "value"), rows, texts=2) if rows else None
+    return Table("Settings", ("setting", "value"), rows, texts=2)
 
 
 def systems_table(report: Report) -> Table:
-    """One row a system, one column a detail."""
+    """One column a system, one row a detail."""
     details = tuple(dict.fromkeys(chain.from_iterable(system.details for system in report.systems.values())))
     rows = tuple(
-        (system.label, *(format_value(system.details[name]) if name in system.details else "-" for name in details))
-        for system in report.systems.values()
+        (spaced(name), *(format_value(system.details.get(name)) for system in report.systems.values()))
+        for name in details
     )
-    columns = ("system", *(spaced(name) for name in details))
+    columns = ("", *(system.label for system in report.systems.values()))
     return Table("", columns, rows, texts=len(columns))
 
 
 def speed_up_tables(results: Results) -> list[Table]:
-    """For each metric and baseline: geometric means over groups of points, and every point."""
+    """For each headline and baseline: geometric means over groups of points, and every point."""
     return [
         table
-        for metric in results.headlines
+        for metric in results.metrics
+        if metric in LAYOUTS[results.report.kind].headlines
         for baseline in results.report.baselines
-        if (systems := compared_systems(results, baseline, metric))
-        for table in _speed_up_tables(results, metric, baseline, systems)
+        if len(logs := results.logs(metric, baseline))
+        for table in _speed_up_tables(results, metric, baseline, logs)
     ]
 
 
-def compared_systems(results: Results, baseline: str, metric: str) -> tuple[str, ...]:
-    """The systems that have a ratio to this baseline anywhere."""
-    return tuple(
-        name
-        for name in results.systems
-        if name != baseline and results.speed_up(name, baseline, metric, results.points) is not None
-    )
-
-
-def _speed_up_tables(results: Results, metric: str, baseline: str, systems: Sequence[str]) -> list[Table]:
-    points = results.measured(metric, (baseline,))
-    each_point = results.groups(points, results.dimensions(points))
-    groups = results.groups(points, GROUPED_BY[results.report.kind])
+def _speed_up_tables(results: Results, metric: str, baseline: str, logs: pd.DataFrame) -> list[Table]:
+    rows = results.rows(metric, [baseline])
+    each_point = results.groups(set(rows.point), results.dimensions(rows))
+    groups = results.groups(set(rows.point), LAYOUTS[results.report.kind].grouped_by)
     title = f"Speed-up over {results.report.systems[baseline].label}: {results.report.metrics[metric].label}"
     tables = []
     if 1 < len(groups) < len(each_point):
-        tables.append(_speed_up_table(results, f"{title}, geometric means", metric, baseline, systems, groups))
-    tables.append(_speed_up_table(results, title, metric, baseline, systems, each_point))
-    return tables
+        tables.append(_speed_up_table(results, f"{title}, geometric means", metric, logs, groups))
+    return [*tables, _speed_up_table(results, title, metric, logs, each_point)]
 
 
 def _speed_up_table(
-    results: Results,
-    title: str,
-    metric: str,
-    baseline: str,
-    systems: Sequence[str],
-    groups: Mapping[Point, Sequence[Point]],
+    results: Results, title: str, metric: str, logs: pd.DataFrame, groups: list[tuple[Point, list[int]]]
 ) -> Table:
-    names = results.dimensions(groups)
-    ratios: list[Ratio] = []
-
-    def cells(points: Sequence[Point]) -> Iterator[str]:
-        for system in systems:
-            ratio = results.speed_up(system, baseline, metric, points)
-            ratios.extend([ratio] if ratio else [])
-            yield format_ratio(ratio)
-
-    rows = [(*_point_cells(group, names), *cells(points)) for group, points in groups.items()]
+    systems = [name for name in results.systems if (logs.system == name).any()]
+    names = [name for name in results.varying if any(name in point for point, _ in groups)]
     if len(groups) > 1:
-        padding = [""] * (len(names) - 1)
-        rows.append(("geometric mean", *padding, *cells([p for points in groups.values() for p in points])))
-    columns = (*_point_columns(names), *(results.report.systems[system].label for system in systems))
-    caption = _speed_up_caption(results.report.metrics[metric], ratios)
+        groups = [*groups, ({}, [number for _, points in groups for number in points])]
+    ratios = [
+        [mean_ratio(logs[(logs.system == name) & logs.point.isin(points)]) for name in systems] for _, points in groups
+    ]
+    rows = [
+        (*_point_cells(point, names), *map(format_ratio, row)) for (point, _), row in zip(groups, ratios, strict=True)
+    ]
+    if len(groups) > 1:
+        rows[-1] = ("geometric mean", *[""] * (len(names) - 1), *rows[-1][max(1, len(names)) :])
+    columns = (*_point_columns(names), *(results.report.systems[name].label for name in systems))
+    caption = _speed_up_caption(results.report.metrics[metric].better == "lower", [r for row in ratios for r in row])
     return Table(title, columns, tuple(rows), max(1, len(names)), caption)
 
 
-def _speed_up_caption(metric: Metric, ratios: Sequence[Ratio]) -> str:
-    sense = "baseline / system" if metric.better == "lower" else "system / baseline"
+def _speed_up_caption(lower_is_better: bool, ratios: Iterable[Ratio | None]) -> str:
+    known = [ratio for ratio in ratios if ratio]
+    sense = "baseline / system" if lower_is_better else "system / baseline"
     text = f"{sense}: more than 1 is better. Means are over the points that a system shares with the baseline."
-    without = sum(ratio.interval is None for ratio in ratios)
-    if without == len(ratios):
+    without = sum(ratio.interval is None for ratio in known)
+    if without == len(known):
         return f"{text} Fewer than two rounds: no confidence interval."
-    text += f" Geometric mean of the ratios within each of {count_rounds(ratios)}"
+    text += f" Geometric mean of the ratios within each of {count_rounds(ratio.rounds for ratio in known)}"
     text += f"; in brackets its {CONFIDENCE:.0%} confidence interval (Student's t on the logarithms)."
     return f"{text} No brackets: fewer than two rounds, no interval." if without else text
 
@@ -152,37 +134,41 @@ def median_tables(results: Results) -> list[Table]:
 
 
 def _median_table(results: Results, metric: str) -> Table:
-    described = results.report.metrics[metric]
-    systems = tuple(name for name in results.systems if results.measured(metric, (name,)))
-    points = results.measured(metric, systems)
-    names = results.dimensions(points)
-    by_point = [[results.spread(name, point, metric) for name in systems] for point in points]
-    known = [[spread for spread in found if spread is not None] for found in by_point]
-    rows = [
-        (*_point_cells(point, names), *map(format_spread, found)) for point, found in zip(points, by_point, strict=True)
+    described, rows = results.report.metrics[metric], results.rows(metric)
+    systems = [name for name in results.systems if (rows.system == name).any()]
+    names = results.dimensions(rows)
+    values = rows.groupby(["point", "system"]).value
+    spreads = pd.DataFrame(
+        {"median": values.median(), "low": values.min(), "high": values.max(), "rounds": values.size()}
+    )
+    spreads["iqr"] = ((values.quantile(0.75) - values.quantile(0.25)) / spreads["median"].abs()).fillna(0)
+    spread_rows = dict(zip(spreads.index, spreads.itertuples(index=False), strict=True))
+    numbers = sorted(set(rows.point))
+    cells = [
+        (*_point_cells(results.points[n], names), *(format_spread(spread_rows.get((n, name))) for name in systems))
+        for n in numbers
     ]
     columns = (*_point_columns(names), *(results.report.systems[name].label for name in systems))
     caption = {"higher": "Higher is better. ", "lower": "Lower is better. ", None: ""}[described.better]
-    if any(spread.rounds > 1 for spreads in known for spread in spreads):
-        rows = [(*row, f"{max(s.relative_iqr for s in spreads):.1%}") for row, spreads in zip(rows, known, strict=True)]
+    if (spreads.rounds > 1).any():
+        largest = spreads.iqr.groupby(level="point").max()
+        cells = [(*row, f"{largest[number]:.1%}") for number, row in zip(numbers, cells, strict=True)]
         columns = (*columns, "IQR")
         caption += (
-            f"Median (smallest to largest) of {count_rounds(chain.from_iterable(known))}. "
+            f"Median (smallest to largest) of {count_rounds(spreads.rounds)}. "
             "IQR: the largest interquartile range of the systems, relative to its median."
         )
     else:
         caption += "One value each: no spread."
-    return Table(label_with_unit(described), columns, tuple(rows), max(1, len(names)), caption)
+    return Table(label_with_unit(described), columns, tuple(cells), max(1, len(names)), caption)
 
 
-def format_spread(spread: Spread | None) -> str:
+def format_spread(spread: object) -> str:
     """Median (smallest to largest), or the one value."""
     if spread is None:
         return "-"
-    median = format_number(spread.median)
-    if spread.low == spread.high:
-        return median
-    return f"{median} ({format_number(spread.low)} to {format_number(spread.high)})"
+    median, low, high = (getattr(spread, name) for name in ("median", "low", "high"))
+    return format_number(median) + ("" if low == high else f" ({format_number(low)} to {format_number(high)})")
 
 
 def format_ratio(ratio: Ratio | None) -> str:

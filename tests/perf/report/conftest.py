@@ -9,8 +9,8 @@ import pytest
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 
+from bdlora_perf.report.render import write_report
 from bdlora_perf.report.schema import Report
-from bdlora_perf.report.write import write_report
 from tests.perf.report.samples import KINDS, make_report
 
 FLAGS = (
@@ -29,7 +29,7 @@ def folders(reports: Mapping[str, Report], tmp_path_factory: pytest.TempPathFact
     """Every kind of report, written once."""
     root = tmp_path_factory.mktemp("reports")
     for kind, report in reports.items():
-        write_report(report, root / kind)
+        write_report(report, root / kind, html=True)
     return {kind: root / kind for kind in reports}
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from bdlora_perf.report.render import write_report
 from bdlora_perf.report.schema import Report, Sample, load_report, save_report
-from bdlora_perf.report.write import write_report
 from bdlora_sglang.errors import BDLoRAError
 from tests.perf.report.samples import KINDS, make_report
 
@@ -76,7 +76,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
     """No file may grow beyond 4000 bytes: to the process that is what a full disk is."""
     script = (
         "import resource, sys; from pathlib import Path\n"
-        "from tests.perf.report.samples import make_report; from bdlora_perf.report.write import write_report\n"
+        "from tests.perf.report.samples import make_report; from bdlora_perf.report.render import write_report\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))\n"
         "write_report(make_report('estimate'), Path(sys.argv[1]))\n"
     )

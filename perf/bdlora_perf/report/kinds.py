@@ -1,0 +1,71 @@
+"""What each kind of report is about, and which plots it has."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from bdlora_perf.report.plots import Lines, Percentiles, Plotter, SpeedUps, Stack
+from bdlora_perf.report.schema import Kind
+
+_LOAD = ("concurrency", "request_rate")
+_LATENCIES = {"ttft_ms": "TTFT", "tpot_ms": "TPOT", "itl_ms": "ITL", "e2e_latency_ms": "E2E latency"}
+_BREAKDOWN = Stack("breakdown", "Time", "breakdown_")
+# What is allocated when a server starts does not depend on the requests.
+_MEMORY = Stack("memory", "Memory", "memory_", pooled=(*_LOAD, "input_len", "output_len", "distribution", "phase"))
+_KERNEL_PANELS = ("phase", "layer")
+_SERVER = ("tp", "dtype")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """``headlines`` are the metrics that speed-ups are worked out for, by ``grouped_by``, beside the overall mean.
+
+    A plot whose metrics were not measured is left out.
+    """
+
+    headlines: tuple[str, ...]
+    grouped_by: tuple[str, ...]
+    plots: tuple[Plotter, ...]
+
+
+def _layout(
+    headlines: tuple[str, ...], grouped_by: tuple[str, ...], *plots: Plotter, panels: tuple[str, ...] = ()
+) -> Layout:
+    return Layout(headlines, grouped_by, (SpeedUps("speed-up", headlines, grouped_by, panels), *plots))
+
+
+LAYOUTS: Mapping[Kind, Layout] = {
+    "serve": _layout(
+        ("output_throughput", "median_ttft_ms", "median_tpot_ms", "median_e2e_latency_ms"),
+        _LOAD,
+        Lines("throughput", "output_throughput", _LOAD),
+        Lines("achieved-rate", "request_throughput", ("request_rate",)),
+        Lines("goodput", "request_goodput", _LOAD),
+        Percentiles("latency", _LATENCIES),
+        _MEMORY,
+    ),
+    "collectives": _layout(
+        ("forward_ms", "time_us"),
+        ("operation",),
+        Stack("collectives", "Collectives of a forward pass", "collectives_per_forward", part="operation"),
+        Lines("time", "time_us", ("bytes",), log_y=True),
+        _BREAKDOWN,
+    ),
+    "kernels": _layout(
+        ("time_us",),
+        ("phase", "layer"),
+        Lines("time", "time_us", ("tokens",), _KERNEL_PANELS, log_y=True),
+        Lines("bandwidth", "gb_per_s", ("tokens",), _KERNEL_PANELS),
+        Lines("arithmetic", "tflop_per_s", ("tokens",), _KERNEL_PANELS),
+        Lines("ceiling", "share_of_ceiling", ("tokens",), _KERNEL_PANELS),
+        panels=("model", "tp"),
+    ),
+    "estimate": _layout(("latency_ms", "output_throughput"), ("phase", "concurrency", "rank"), _BREAKDOWN, _MEMORY),
+    "engine": _layout(
+        ("decode_ms", "prefill_ms"),
+        ("tp",),
+        Lines("decode", "decode_ms", ("requests",), _SERVER),
+        Lines("prefill", "prefill_ms", ("requests",), _SERVER),
+        Lines("bandwidth", "decode_bandwidth_gbs", ("requests",), _SERVER),
+        panels=("dtype",),
+    ),
+}
