@@ -6,44 +6,34 @@ first request for it.
 """
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
-from sglang.srt.managers.io_struct import LoRAUpdateOutput
+from bdlora_sglang.errors import BDLoRAError
 
-# SGLang: `GroupCoordinator.all_gather_object`.
+# Hands each rank's error (None: no error) to all ranks, in rank order.
 AllGather = Callable[[str | None], Sequence[str | None]]
 
+T = TypeVar("T")
 
-def load_together(
-    load: Callable[[], LoRAUpdateOutput],
-    unload: Callable[[], LoRAUpdateOutput],
-    all_gather: AllGather,
-) -> LoRAUpdateOutput:
-    """Run ``load`` on every rank; where any rank failed, ``unload`` on those that did not, and report every reason.
 
-    Args:
-        load: loads on this rank; it may raise.
-        unload: undoes a load that succeeded.
-        all_gather: hands each rank's error (None: no error) to all ranks, in rank order.
+def read_together(read: Callable[[], T], all_gather: AllGather) -> T:
+    """What ``read`` gives on this rank, when it succeeds on every rank.
 
-    Returns:
-        This rank's result, with the same ``success`` on every rank.
+    Raises:
+        BDLoRAError: on every rank alike, with the reasons of those whose ``read`` raised.
     """
-    result: LoRAUpdateOutput | None = None
+    result: T | None = None
     error: str | None = None
     try:
-        result = load()
-        error = None if result.success else result.error_message
-    # A rank that raised must still take part, or the others wait for it for ever.
+        result = read()
+    # Whatever went wrong on this rank, memory included: it must still take part, or the others wait for it for ever.
     except Exception as exception:
         error = str(exception) or repr(exception)
     errors = all_gather(error)
-    if not any(errors):
-        assert result is not None
-        return result
-    loaded = unload().loaded_adapters if result is not None and result.success else None
-    if result is not None and loaded is None:
-        loaded = result.loaded_adapters
-    return LoRAUpdateOutput(success=False, error_message=_describe(errors), loaded_adapters=loaded)
+    if any(errors):
+        raise BDLoRAError(_describe(errors))
+    assert result is not None
+    return result
 
 
 def _describe(errors: Sequence[str | None]) -> str:

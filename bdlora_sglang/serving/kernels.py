@@ -167,6 +167,12 @@ class _DeviceBatch:
     scratch: Any
 
 
+def give_back_host_memory() -> None:
+    """Return pinned memory of adapters that are gone to the machine; PyTorch would keep it for later ones."""
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_host_cache()
+
+
 def _pins_memory(device: torch.device) -> bool:
     return device.type != "cpu" and is_pin_memory_available()
 

@@ -1,8 +1,9 @@
 """The LoRA manager: loads adapters, checks them against the base model, and sizes the pool."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Set
-from dataclasses import replace
+import logging
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,24 @@ from bdlora_sglang.serving.local_adapter import LocalAdapter, plan_adapter, read
 from bdlora_sglang.serving.options import LoRASharding, ServingOptions
 from bdlora_sglang.serving.pool import BDLoRAMemoryPool, slot_sizes_for_adapters
 from bdlora_sglang.serving.sharding import Sharding
+from bdlora_sglang.serving.sizes import format_bytes
 
 SHARDINGS: dict[LoRASharding, Sharding] = {
     LoRASharding.COMMUNICATION_FREE: CommunicationFree(),
     LoRASharding.FULLY_SHARDED: FullySharded(),
 }
 
+logger = logging.getLogger(__name__)
+
 _UNSUPPORTED_TARGETS = {"embed_tokens", "lm_head"}
+
+
+@dataclass(frozen=True)
+class ReadAdapter:
+    """An adapter that is read and checked, and that no request may name yet."""
+
+    config: LoRAConfig
+    local: LocalAdapter
 
 
 class BDLoRAManager(LoRAManager):
@@ -58,45 +70,51 @@ class BDLoRAManager(LoRAManager):
         super().init_lora_adapters(lora_paths)
 
     def _load_lora_adapter(self, lora_ref: LoRARef) -> LoRAUpdateOutput:
-        def open_adapter() -> tuple[Adapter, LoRAConfig]:
-            folder = adapter_folder(lora_ref.lora_path)
-            adapter = Adapter.open(folder)
-            return adapter, self._sglang_config(adapter, _read_added_tokens(folder))
+        """Read and take over at once, as at the start."""
+        try:
+            return self.take_over(lora_ref, self.read(lora_ref))
+        except Exception as error:
+            return self.create_lora_update_result(success=False, error_message=str(error) or repr(error))
 
-        return self._load(lora_ref, open_adapter)
+    def read(self, ref: LoRARef) -> ReadAdapter:
+        """This rank's part of an adapter. Changes nothing, so that another thread than the scheduler's may call it.
 
-    def _load_lora_adapter_from_tensors(
+        Raises:
+            BDLoRAError: the adapter is not one that this server can serve.
+        """
+        # SGLang calls an adapter by its path when the user gave no name.
+        if ref.lora_name != ref.lora_path:
+            check_adapter_name(ref.lora_name)
+        folder = adapter_folder(ref.lora_path)
+        return self._read(ref, Adapter.open(folder), _read_added_tokens(folder))
+
+    def read_from_tensors(
         self,
-        lora_ref: LoRARef,
+        ref: LoRARef,
         tensors: Mapping[str, torch.Tensor],
         config_dict: Mapping[str, object],
         added_tokens_config: Mapping[str, int] | None = None,
-    ) -> LoRAUpdateOutput:
-        def open_adapter() -> tuple[Adapter, LoRAConfig]:
-            adapter = Adapter.from_tensors(tensors, config_dict, f"adapter '{lora_ref.lora_name}'")
-            return adapter, self._sglang_config(adapter, added_tokens_config)
+    ) -> ReadAdapter:
+        """The same for tensors in memory, under PEFT's names."""
+        check_adapter_name(ref.lora_name)
+        adapter = Adapter.from_tensors(tensors, config_dict, f"adapter '{ref.lora_name}'")
+        return self._read(ref, adapter, added_tokens_config)
 
-        return self._load(lora_ref, open_adapter)
-
-    def _load(self, ref: LoRARef, open_adapter: Callable[[], tuple[Adapter, LoRAConfig]]) -> LoRAUpdateOutput:
-        """Register an adapter on this rank, or leave everything as it was and report why."""
+    def take_over(self, ref: LoRARef, adapter: ReadAdapter) -> LoRAUpdateOutput:
+        """Make an adapter that every rank has read one that requests may name, or say why not: on all ranks alike."""
         try:
-            # SGLang calls an adapter by its path when the user gave no name.
-            if ref.lora_name != ref.lora_path:
-                check_adapter_name(ref.lora_name)
-            adapter, config = open_adapter()
-            self.validate_new_adapter(config, ref)
-            local = self._read(ref, adapter)
-        # Whatever went wrong on this rank, memory included, the other ranks must hear of it: see agreement.py.
-        except Exception as error:
-            return self.create_lora_update_result(success=False, error_message=str(error) or repr(error))
-        self.configs[ref.lora_id] = config
-        self.loras[ref.lora_id] = local
+            self.validate_new_adapter(adapter.config, ref)
+        except (ValueError, AssertionError) as error:
+            return self.create_lora_update_result(success=False, error_message=str(error))
+        self.configs[ref.lora_id] = adapter.config
+        self.loras[ref.lora_id] = adapter.local
         self.lora_refs[ref.lora_id] = ref
         self.num_pinned_loras += int(bool(ref.pinned))
+        logger.info(f"LoRA adapter loaded: {ref}, {format_bytes(adapter.local.num_bytes)} on this rank")
         return self.create_lora_update_result(success=True)
 
-    def _read(self, ref: LoRARef, adapter: Adapter) -> LocalAdapter:
+    def _read(self, ref: LoRARef, adapter: Adapter, added_tokens: Mapping[str, int] | None) -> ReadAdapter:
+        config = self._sglang_config(adapter, added_tokens)
         limit = getattr(self, "max_lora_rank", None)
         if limit is not None and self._rank_is_given and adapter.max_rank > limit:
             raise BDLoRAError(
@@ -106,11 +124,14 @@ class BDLoRAManager(LoRAManager):
         pool = getattr(self, "memory_pool", None)
         if pool is None:
             # The pool is made to measure for the first adapters: `init_memory_pool` stages them.
-            return read_adapter(plan, adapter, lambda elements: HostBlock.allocate(elements, 0, self.dtype, False))
+            return ReadAdapter(config, read_adapter(plan, adapter, self._unstaged_block))
         pool.check_fits(plan)
         local = read_adapter(plan, adapter, pool.slots.host_block)
         pool.slots.describe(local.packed)
-        return local
+        return ReadAdapter(config, local)
+
+    def _unstaged_block(self, elements: int) -> HostBlock:
+        return HostBlock.allocate(elements, 0, self.dtype, pin_memory=False)
 
     def _sglang_config(self, adapter: Adapter, added_tokens: Mapping[str, int] | None) -> LoRAConfig:
         fields = {"target_modules": adapter.config.target_modules, **adapter.config.raw}
@@ -223,6 +244,7 @@ class BDLoRAManager(LoRAManager):
         elif self.can_use_prefill_cuda_graph(forward_batch):
             graph = "prefill"
         self.lora_backend.prepare(forward_batch, slots, graph)
+        self.memory_pool.guard.read_by_next_forward(slot for slot in slots if slot != NO_SLOT)
 
 
 def _largest(sizes: Iterable[SlotSize]) -> SlotSize:

@@ -11,6 +11,7 @@ from bdlora_sglang.errors import BDLoRAError
 from bdlora_sglang.serving.kernels import Kernels, Slots
 from bdlora_sglang.serving.local_adapter import AdapterPlan, LocalAdapter
 from bdlora_sglang.serving.sharding import Sharding
+from bdlora_sglang.serving.slot_guard import SlotGuard
 
 
 def slot_sizes_for_adapters(layers: Iterable[str], adapters: Iterable[AdapterPlan]) -> dict[str, SlotSize]:
@@ -39,6 +40,7 @@ class BDLoRAMemoryPool(LoRAMemoryPool):
 
     def init_buffers(self, base_model: torch.nn.Module) -> None:
         """Allocate all slots; called by SGLang's constructor."""
+        self.guard = SlotGuard(next(base_model.parameters()).device)
         self.slots: Slots = self._kernels.allocate(self.max_loras_per_batch, self._slot_sizes, self.dtype)
 
     def can_support(self, config: LoRAConfig | Iterable[LoRAConfig]) -> bool:
@@ -80,6 +82,7 @@ class BDLoRAMemoryPool(LoRAMemoryPool):
         """Copy an adapter's factors into slot ``buffer_id``."""
         assert uid is not None, "the base model has no slot"
         assert lora_adapter is not None, f"adapter {uid} is in a batch but was never loaded"
+        self.guard.before_write(buffer_id)
         self.slots.write(buffer_id, lora_adapter.packed)
 
     def _clear_buffer_slot_for_base(self, buffer_id: int) -> None:

@@ -9,6 +9,7 @@ from sglang.srt.runtime_context import get_parallel
 
 from bdlora_sglang.serving.local_adapter import LocalAdapter
 from bdlora_sglang.serving.scheduler import prove_in_place
+from bdlora_sglang.serving.sizes import format_bytes
 
 
 def print_adapters(model_runner: ModelRunner) -> None:
@@ -39,11 +40,3 @@ def adapter_table(adapters: Iterable[LocalAdapter], tp_size: int) -> Table:
             plan.name, plan.kind, str(plan.nblocks), str(plan.rank), str(plan.local_rank), format_bytes(lora.num_bytes)
         )
     return table
-
-
-def format_bytes(count: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.2f} GiB"

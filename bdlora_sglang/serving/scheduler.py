@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from sglang.srt.configs.update_config import update_config
 from sglang.srt.lora.lora_registry import LoRARef
 from sglang.srt.managers.io_struct import (
@@ -9,6 +10,7 @@ from sglang.srt.managers.io_struct import (
     LoadLoRAAdapterFromTensorsReqInput,
     LoadLoRAAdapterReqInput,
     LoRAUpdateOutput,
+    UnloadLoRAAdapterReqInput,
 )
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_components.request_receiver import SchedulerRequestReceiver
@@ -16,20 +18,26 @@ from sglang.srt.managers.tp_worker import TpModelWorker
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.runtime_context import get_device, get_lora, get_parallel, get_schedule
 from sglang.srt.utils import is_cpu
+from sglang.utils import TypeBasedDispatcher
 
 from bdlora_sglang.errors import BDLoRAError
-from bdlora_sglang.serving.agreement import load_together
+from bdlora_sglang.serving.adapter_loader import AdapterLoader, FinishAdapterLoad, gather_errors, use_device
 from bdlora_sglang.serving.backend import BDLoRABackend
 from bdlora_sglang.serving.cpu.linear import unpacked
 from bdlora_sglang.serving.cpu.requests import request_receiver_over_shared_memory
 from bdlora_sglang.serving.hardware import on_cpu_platform
+from bdlora_sglang.serving.kernels import give_back_host_memory
 from bdlora_sglang.serving.layers import ColumnParallelLinearWithBDLoRA, RowParallelLinearWithBDLoRA
-from bdlora_sglang.serving.manager import BDLoRAManager
+from bdlora_sglang.serving.manager import BDLoRAManager, ReadAdapter
 from bdlora_sglang.serving.options import ServingOptions
 from bdlora_sglang.serving.pool import BDLoRAMemoryPool
 
 # Those that SGLang pads in a model's config on the CPU (``configs/update_config.py``).
 _HEAD_COUNTS = ("num_attention_heads", "num_key_value_heads", "swa_num_attention_heads", "swa_num_key_value_heads")
+
+
+# A rank that has nothing else to do looks so often whether an adapter is there.
+_LOADING_POLL_SECONDS = 0.002
 
 
 class BDLoRAModelRunner(ModelRunner):
@@ -64,6 +72,18 @@ class BDLoRAModelRunner(ModelRunner):
         with unpacked(self.model):
             return super().check_weights(*args, **kwargs)
 
+    def load_lora_adapter(self, lora_ref: LoRARef) -> ReadAdapter:
+        return self.lora_manager.read(lora_ref)
+
+    def load_lora_adapter_from_tensors(self, lora_ref: LoRARef, *arguments: Any) -> ReadAdapter:
+        return self.lora_manager.read_from_tensors(lora_ref, *arguments)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        if self.lora_manager is not None:
+            self.lora_manager.memory_pool.guard.forward_launched()
+        return output
+
     def init_lora_manager(self) -> None:
         self.lora_manager = BDLoRAManager(
             base_model=self.model,
@@ -80,7 +100,7 @@ class BDLoRAModelRunner(ModelRunner):
 
 
 class BDLoRATpWorker(TpModelWorker):
-    """Builds `BDLoRAModelRunner`, and loads adapters on all ranks together."""
+    """Builds `BDLoRAModelRunner`. What SGLang calls loading an adapter only reads it here (`BDLoRAManager.read`)."""
 
     def __init__(self, *args: Any, options: ServingOptions, **kwargs: Any) -> None:
         self.options = options
@@ -106,24 +126,11 @@ class BDLoRATpWorker(TpModelWorker):
         with unpacked(self.model_runner.model):
             return super().get_weights_by_name(recv_req)
 
-    def load_lora_adapter(self, recv_req: LoadLoRAAdapterReqInput) -> LoRAUpdateOutput:
-        return self._load_together(lambda: super(BDLoRATpWorker, self).load_lora_adapter(recv_req), recv_req.to_ref())
-
-    def load_lora_adapter_from_tensors(self, recv_req: LoadLoRAAdapterFromTensorsReqInput) -> LoRAUpdateOutput:
-        return self._load_together(
-            lambda: super(BDLoRATpWorker, self).load_lora_adapter_from_tensors(recv_req), recv_req.to_ref()
-        )
-
-    def _load_together(self, load: Any, ref: LoRARef) -> LoRAUpdateOutput:
-        return load_together(
-            load,
-            unload=lambda: self.model_runner.unload_lora_adapter(ref),
-            all_gather=get_parallel().tp_group.all_gather_object,
-        )
-
 
 class BDLoRAScheduler(Scheduler):
     """Builds `BDLoRATpWorker`, and refuses to start unless BD-LoRA is really in place."""
+
+    worker_class = BDLoRATpWorker
 
     def __init__(self, *args: Any, options: ServingOptions, **kwargs: Any) -> None:
         self.options = options
@@ -142,8 +149,54 @@ class BDLoRAScheduler(Scheduler):
             return self.lora_drainer is None or self.lora_drainer.can_schedule(req)
         return super().can_schedule_lora_req(req, running_loras)
 
+    # --- adapters are read beside the forward: see adapter_loader.py ---------------------------------------------
+
+    def init_request_dispatcher(self) -> None:
+        super().init_request_dispatcher()
+        self._request_dispatcher += TypeBasedDispatcher([(FinishAdapterLoad, self.finish_adapter_load)])
+        device = self.tp_worker.model_runner.device, get_device().gpu_id
+        self.adapter_loader: AdapterLoader[ReadAdapter] = AdapterLoader(
+            gather_errors(get_parallel().tp_group.ranks), lambda: use_device(torch.device(device[0]), device[1])
+        )
+
+    def load_lora_adapter(self, recv_req: LoadLoRAAdapterReqInput) -> None:
+        self.adapter_loader.start(recv_req.lora_id, recv_req, lambda: self.tp_worker.load_lora_adapter(recv_req))
+
+    def load_lora_adapter_from_tensors(self, recv_req: LoadLoRAAdapterFromTensorsReqInput) -> None:
+        self.adapter_loader.start(
+            recv_req.lora_id, recv_req, lambda: self.tp_worker.load_lora_adapter_from_tensors(recv_req)
+        )
+
+    def _poll_timeout_aborts(self) -> list[Any]:
+        # What this gives, on rank 0 and in every step, goes to all ranks with the requests of the step.
+        return [*super()._poll_timeout_aborts(), *self.adapter_loader.finished()]
+
+    def finish_adapter_load(self, message: FinishAdapterLoad) -> None:
+        """Take an adapter over, or not, on all ranks; only now the client is answered."""
+        request, loaded = self.adapter_loader.take(message)
+        ref, manager = request.to_ref(), self.tp_worker.model_runner.lora_manager
+        error = loaded.exception()
+        if error is None:
+            result = manager.take_over(ref, loaded.result())
+        else:
+            result = manager.create_lora_update_result(success=False, error_message=str(error))
+        if result.success:
+            self.kv_event_lora_names.register(lora_id=ref.lora_id, lora_name=ref.lora_name)
+        self.send_control_output(result, request)
+
+    def unload_lora_adapter(self, recv_req: UnloadLoRAAdapterReqInput) -> LoRAUpdateOutput:
+        result = super().unload_lora_adapter(recv_req)
+        self.adapter_loader.do(give_back_host_memory)
+        return result
+
+    def maybe_sleep_on_idle(self) -> None:
+        if self.adapter_loader.is_busy:
+            self.adapter_loader.wait(_LOADING_POLL_SECONDS)
+        else:
+            super().maybe_sleep_on_idle()
+
     def init_tp_model_worker(self) -> None:
-        self.tp_worker = BDLoRATpWorker(
+        self.tp_worker = self.worker_class(
             server_args=self.server_args,
             gpu_id=get_device().gpu_id,
             nccl_port=self.nccl_port,

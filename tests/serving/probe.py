@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,29 @@ from sglang.srt.runtime_context import get_parallel
 from bdlora_sglang.serving.local_adapter import LocalAdapter
 from bdlora_sglang.serving.manager import BDLoRAManager
 from bdlora_sglang.serving.pool import BDLoRAMemoryPool, slot_sizes_for_adapters
-from bdlora_sglang.serving.scheduler import BDLoRAScheduler
+from bdlora_sglang.serving.scheduler import BDLoRAScheduler, BDLoRATpWorker
 from tests.serving.snapshot import changed, sglang_objects
 
 PROBE_FOLDER = "BDLORA_TEST_PROBE_FOLDER"
 
 
+# In the probe folder: while it is there, an adapter of that name is not read.
+HOLD_FILE = "hold"
+
+
+class HoldingTpWorker(BDLoRATpWorker):
+    """Reads an adapter as slowly as a test wants."""
+
+    def load_lora_adapter(self, recv_req: Any) -> Any:
+        while recv_req.lora_name == HOLD_FILE and (Path(os.environ[PROBE_FOLDER]) / HOLD_FILE).exists():
+            time.sleep(0.01)
+        return super().load_lora_adapter(recv_req)
+
+
 class ProbedScheduler(BDLoRAScheduler):
     """Writes ``rank<N>.json`` and ``cores<N>.json`` before it serves, ``changed<N>.json`` then and at each unload."""
+
+    worker_class = HoldingTpWorker
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._sglang_before = sglang_objects()

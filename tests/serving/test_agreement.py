@@ -1,13 +1,13 @@
-"""Ranks load together or not at all, whatever goes wrong on one of them."""
+"""Ranks read an adapter together or not at all, whatever goes wrong on one of them."""
 
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from sglang.srt.managers.io_struct import LoRAUpdateOutput
 
-from bdlora_sglang.serving.agreement import load_together
+from bdlora_sglang.errors import BDLoRAError
+from bdlora_sglang.serving.agreement import read_together
 
 RANKS = 3
 
@@ -28,39 +28,27 @@ class Ranks:
         return gather
 
 
-def run(failures: dict[int, Exception | str]) -> tuple[list[LoRAUpdateOutput], list[set[str]]]:
-    """Each rank's result, and the adapters that it holds afterwards, when loading fails as ``failures`` says."""
+def run(failures: dict[int, Exception]) -> list[str]:
+    """What each rank read, or the error it got, when reading fails as ``failures`` says."""
     ranks = Ranks()
-    held: list[set[str]] = [{"old"} for _ in range(RANKS)]
 
-    def rank_loads(rank: int) -> LoRAUpdateOutput:
-        def result(success: bool, message: str = "") -> LoRAUpdateOutput:
-            adapters = {name: name for name in held[rank]}
-            return LoRAUpdateOutput(success=success, error_message=message, loaded_adapters=adapters)
+    def rank_reads(rank: int) -> str:
+        def read() -> str:
+            if rank in failures:
+                raise failures[rank]
+            return f"part {rank}"
 
-        def load() -> LoRAUpdateOutput:
-            failure = failures.get(rank)
-            if isinstance(failure, Exception):
-                raise failure
-            if failure is not None:
-                return result(False, failure)
-            held[rank].add("new")
-            return result(True)
-
-        def unload() -> LoRAUpdateOutput:
-            held[rank].discard("new")
-            return result(True)
-
-        return load_together(load, unload, ranks.all_gather(rank))
+        try:
+            return read_together(read, ranks.all_gather(rank))
+        except BDLoRAError as error:
+            return f"refused: {error}"
 
     with ThreadPoolExecutor(RANKS) as threads:
-        return list(threads.map(rank_loads, range(RANKS))), held
+        return list(threads.map(rank_reads, range(RANKS)))
 
 
 def test_all_succeed() -> None:
-    results, held = run({})
-    assert all(result.success for result in results)
-    assert held == [{"old", "new"}] * RANKS
+    assert run({}) == ["part 0", "part 1", "part 2"]
 
 
 @pytest.mark.parametrize(
@@ -68,19 +56,11 @@ def test_all_succeed() -> None:
     [
         ({1: MemoryError("cannot allocate 8 GiB")}, "TP rank 1: cannot allocate 8 GiB"),
         ({0: MemoryError()}, "TP rank 0: MemoryError()"),
-        ({2: "adapter.safetensors: truncated"}, "TP rank 2: adapter.safetensors: truncated"),
-        ({0: "a", 2: OSError("b")}, "TP rank 0: a; TP rank 2: b"),
-        ({0: "no such file", 1: "no such file", 2: "no such file"}, "no such file"),
+        ({2: BDLoRAError("adapter.safetensors: truncated")}, "TP rank 2: adapter.safetensors: truncated"),
+        ({0: BDLoRAError("a"), 2: OSError("b")}, "TP rank 0: a; TP rank 2: b"),
+        (dict.fromkeys(range(RANKS), BDLoRAError("no such file")), "no such file"),
     ],
     ids=["no memory", "no message", "refused", "two ranks", "all ranks"],
 )
-def test_one_failure_is_everyones(failures: dict[int, Exception | str], message: str) -> None:
-    results, held = run(failures)
-    for result in results:
-        assert not result.success
-        assert result.error_message == message
-    assert held == [{"old"}] * RANKS
-    # Only the new adapter is taken back, and SGLang's front end is told what is left.
-    for rank, result in enumerate(results):
-        if result.loaded_adapters is not None:
-            assert set(result.loaded_adapters) == {"old"}, rank
+def test_one_failure_is_everyones(failures: dict[int, Exception], message: str) -> None:
+    assert run(failures) == [f"refused: {message}"] * RANKS

@@ -1,5 +1,6 @@
 """`bdlora_sglang.Engine` against PEFT's own forward: every kind of adapter in one mixed batch, on every TP degree."""
 
+import asyncio
 import atexit
 import json
 import os
@@ -17,7 +18,7 @@ from bdlora_perf.collectives.count import Collective, count_collectives, traffic
 from bdlora_perf.reference import PeftReference
 from bdlora_sglang.adapter import Adapter
 from bdlora_sglang.serving.cpu.cores import physical_cores, share_out
-from tests.serving.probe import PROBE_FOLDER, ProbedScheduler
+from tests.serving.probe import HOLD_FILE, PROBE_FOLDER, ProbedScheduler
 from tests.serving.zoo import CASES, CI_CASES, FREE, OVERRIDES, PROMPTS, SHARDED, Zoo
 
 NEW_TOKENS = 8
@@ -198,6 +199,38 @@ def test_adapter_from_tensors(case: Case) -> None:
     assert result.success, result.error_message
     case.assert_equals_peft("from-tensors", path, PROMPTS[0])
     assert case.engine.unload_lora_adapter("from-tensors").success
+
+
+def test_requests_go_on_while_an_adapter_is_read(case: Case) -> None:
+    """Whatever the time that it takes; before, the scheduler of every rank read it itself, and served nobody."""
+    from sglang.srt.managers.io_struct import LoadLoRAAdapterReqInput
+
+    hold, path = case.probe / HOLD_FILE, case.adapters["bd4-r8"]
+
+    async def load_and_generate() -> tuple[list[Any], Any]:
+        request = LoadLoRAAdapterReqInput(lora_name=HOLD_FILE, lora_path=str(path))
+        load = asyncio.ensure_future(case.engine.tokenizer_manager.load_lora_adapter(request))
+        await asyncio.sleep(0)
+        answers = case.engine.async_generate(
+            input_ids=[PROMPTS[1]] * 2,
+            lora_path=[None, "bd4-r8"],
+            sampling_params={"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True},
+        )
+        answered = await asyncio.wait_for(answers, 60)
+        assert not load.done()
+        hold.unlink()
+        return answered, await asyncio.wait_for(load, 60)
+
+    hold.touch()
+    try:
+        answers, result = case.engine.loop.run_until_complete(load_and_generate())
+    finally:
+        hold.unlink(missing_ok=True)
+    for answer, own in zip(answers, (None, path), strict=True):
+        assert answer["output_ids"] == case.reference.generate(PROMPTS[1], own, NEW_TOKENS).tokens
+    assert result.success and HOLD_FILE in result.loaded_adapters
+    case.assert_equals_peft(HOLD_FILE, path, PROMPTS[0])
+    assert case.engine.unload_lora_adapter(HOLD_FILE).success
 
 
 def test_bad_tensors_are_refused_by_name(case: Case) -> None:
