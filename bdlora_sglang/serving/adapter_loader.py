@@ -99,7 +99,7 @@ def gather_errors(ranks: list[int]) -> AllGather:
     """An all-gather among the threads of ``ranks``, on a group that nobody else uses. All ranks must call this."""
     if len(ranks) == 1:
         return lambda error: [error]
-    group = dist.new_group(ranks, backend="gloo")
+    group: Any = dist.new_group(ranks, backend="gloo")
 
     def all_gather(error: str | None) -> list[str | None]:
         errors: list[str | None] = [None] * len(ranks)

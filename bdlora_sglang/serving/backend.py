@@ -10,17 +10,19 @@ from sglang.srt.lora.backend.lora_registry import register_lora_backend
 from sglang.srt.lora.utils import generate_sequence_lengths
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
-from bdlora_sglang.serving.kernels import Kernels
+from bdlora_sglang.serving.kernels import NO_SLOT, Kernels
 from bdlora_sglang.serving.layers import ColumnParallelLinearWithBDLoRA, RowParallelLinearWithBDLoRA
 from bdlora_sglang.serving.sharding import Sharding
 
 BACKEND_NAME = "bdlora"
-NO_SLOT = -1  # the base model: its tokens cost nothing
 
 
 @dataclass(frozen=True)
 class BatchInfo:
-    """What SGLang's layers and ours ask of a batch; ``segments`` are those of the kernels in use."""
+    """What SGLang's layers and ours ask of a batch; ``segments`` are those of the kernels in use.
+
+    None where nobody reads them: SGLang runs the layers without LoRA.
+    """
 
     has_active_lora: bool
     segments: Any
@@ -52,9 +54,11 @@ class BDLoRABackend(BaseLoRABackend):
             slots: the pool slot of each request, `NO_SLOT` for the base model.
             graph: "decode" or "prefill" where such a captured graph will run, else None.
         """
-        lengths = generate_sequence_lengths(forward_batch, device=torch.device("cpu")).tolist()
-        active = any(slot != NO_SLOT for slot in slots)
-        self.batch_info = BatchInfo(active, self.kernels.segments(slots, lengths, graph))
+        if any(slot != NO_SLOT for slot in slots):
+            self.batch_info = BatchInfo(True, self.kernels.segments(slots, _lengths(forward_batch), graph))
+        else:
+            # A captured graph may run the kernels all the same: no token is theirs then.
+            self.batch_info = BatchInfo(False, None if graph is None else self.kernels.segments((), (), graph))
 
     def forward_with_base(
         self,
@@ -66,7 +70,7 @@ class BDLoRABackend(BaseLoRABackend):
         **_options: object,
     ) -> torch.Tensor:
         """Base output plus delta, reduced once where the layer reduces (SGLang: ``BaseLoRABackend``)."""
-        assert self.batch_info is not None, "the layers ask `lora_active` first"
+        assert self.batch_info is not None and self.batch_info.segments is not None, "layers ask `lora_active` first"
         output = self.sharding.forward_with_base(
             layer.base_layer, base_fn, x, layer.factors, self.kernels, self.batch_info.segments
         )
@@ -79,6 +83,13 @@ class BDLoRABackend(BaseLoRABackend):
         self.kernels.reserve_prefill_graphs(max_num_tokens)
         self.prefill_cuda_graph_max_bs = max_num_tokens if max_num_requests is None else max_num_requests
         self.prefill_cuda_graph_max_tokens = max_num_tokens
+
+
+def _lengths(forward_batch: ForwardBatch) -> list[int]:
+    """Tokens of each request."""
+    if forward_batch.forward_mode.is_decode():
+        return [1] * forward_batch.batch_size
+    return generate_sequence_lengths(forward_batch, device=torch.device("cpu")).tolist()
 
 
 @register_lora_backend(BACKEND_NAME)

@@ -11,7 +11,7 @@ from bdlora_kernels.layout import align
 from bdlora_sglang.adapter import Adapter, LoRAModule, LoRASlice, read_slice, slice_module
 from bdlora_sglang.serving.kernels import Kernels
 from bdlora_sglang.serving.layers import ServedModule
-from bdlora_sglang.serving.sharding import LocalPlan
+from bdlora_sglang.serving.sharding import LocalPlan, layer_shape
 
 
 class CommunicationFree:
@@ -35,11 +35,9 @@ class CommunicationFree:
         return LocalPlan(plan_layer(parts), local_rank) if parts else None
 
     def slot_size(self, layer: ColumnParallelLinear | RowParallelLinear, rank: int) -> SlotSize:
-        if isinstance(layer, RowParallelLinear):
-            modules, inputs = 1, layer.input_size_per_partition
-        else:
-            modules, inputs = len(layer.output_partition_sizes), layer.input_size
-        a, b = modules * rank * inputs, rank * _outputs(layer)
+        shape = layer_shape(layer)
+        modules = 1 if isinstance(layer, RowParallelLinear) else len(layer.output_partition_sizes)
+        a, b = modules * rank * shape.inputs, rank * shape.outputs
         # There are at most `rank` slices of each module, and every one may start on an aligned element.
         slices = modules * rank
         padding = align(1) * slices
@@ -54,7 +52,7 @@ class CommunicationFree:
         kernels: Kernels,
         segments: Any,
     ) -> torch.Tensor:
-        return kernels.forward_with_base(base, _outputs(layer), x_TI, factors, segments)
+        return kernels.forward_with_base(base, layer_shape(layer).outputs, x_TI, factors, segments)
 
 
 def _planned(adapter: Adapter, part: LoRASlice, dtype: torch.dtype) -> PlannedSlice:
@@ -64,8 +62,3 @@ def _planned(adapter: Adapter, part: LoRASlice, dtype: torch.dtype) -> PlannedSl
 
     sizes = part.rank, part.input_size, part.output_size
     return PlannedSlice(*sizes, part.input_start, part.output_start, part.scaling, read)
-
-
-def _outputs(layer: ColumnParallelLinear | RowParallelLinear) -> int:
-    """Output features on this rank."""
-    return int(layer.output_size if isinstance(layer, RowParallelLinear) else sum(layer.output_partition_sizes))

@@ -11,8 +11,6 @@ from sglang.srt.utils import is_pin_memory_available
 from bdlora_kernels import (
     BatchedFactors,
     BatchedSlots,
-    DeviceFactors,
-    DeviceSlots,
     HostBlock,
     LayerFactors,
     PackedAdapter,
@@ -21,6 +19,9 @@ from bdlora_kernels import (
     group_tokens,
 )
 from bdlora_sglang.errors import BDLoRAError
+
+NO_SLOT = -1  # the base model: its tokens cost nothing
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class Slots(Protocol):
@@ -47,11 +48,33 @@ class Slots(Protocol):
         """Forget what a slot holds."""
 
 
+@dataclass(frozen=True)
+class LayerShape:
+    """Input and output features of a layer on this rank."""
+
+    inputs: int
+    outputs: int
+
+
+@dataclass(frozen=True)
+class BatchLimits:
+    """The most tokens of an eager batch, and of one in a captured decode graph (0: nothing is captured)."""
+
+    tokens: int
+    decode_graph_tokens: int
+
+
 class Kernels(Protocol):
     """What the pool and the backend ask of a device. ``segments`` are what `forward_with_base` of the same takes."""
 
     def allocate(self, num_slots: int, sizes: Mapping[str, SlotSize], dtype: torch.dtype) -> Slots:
         """Empty slots, with this room for each layer."""
+
+    def reserve(self, shapes: Mapping[str, LayerShape], batch: BatchLimits) -> int:
+        """Take all memory that batches will need, and return its bytes; ``shapes`` are those of the slots' layers."""
+
+    def compile(self, done: Callable[[int, int], None]) -> None:
+        """Compile whatever a batch can run; ``done`` is told how many layers of how many."""
 
     def reserve_decode_graphs(self, max_tokens: int) -> None:
         """Make segments that captured decode graphs can read again and again, for up to ``max_tokens`` tokens."""
@@ -77,7 +100,9 @@ def choose_kernels(device: torch.device, num_slots: int, needs_torch: bool) -> K
         num_slots: of the memory pool.
         needs_torch: the sharding exchanges shrink outputs, which has no Triton version yet.
     """
-    if not needs_torch and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"):
+    if not needs_torch and (device.type == "cuda" or INTERPRETED):
+        from bdlora_sglang.serving.triton_kernels import TritonKernels
+
         return TritonKernels(device, num_slots)
     return TorchKernels(device)
 
@@ -87,9 +112,16 @@ class TorchKernels:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._last: tuple[Any, Any] = None, None
 
     def allocate(self, num_slots: int, sizes: Mapping[str, SlotSize], dtype: torch.dtype) -> Slots:
-        return BatchedSlots(num_slots, sizes, dtype, self._device, _pins_memory(self._device))
+        return BatchedSlots(num_slots, sizes, dtype, self._device, pins_memory(self._device))
+
+    def reserve(self, shapes: Mapping[str, LayerShape], batch: BatchLimits) -> int:
+        return 0
+
+    def compile(self, done: Callable[[int, int], None]) -> None:
+        pass
 
     def reserve_decode_graphs(self, max_tokens: int) -> None:
         _refuse_graphs("decode")
@@ -98,7 +130,10 @@ class TorchKernels:
         _refuse_graphs("prefill")
 
     def segments(self, slots: Sequence[int], lengths: Sequence[int], graph: str | None) -> Any:
-        return group_tokens(slots, lengths, self._device)
+        key = tuple(slots), tuple(lengths)
+        if self._last[0] != key:
+            self._last = key, group_tokens(slots, lengths, self._device)
+        return self._last[1]
 
     def forward_with_base(
         self, base: Callable[[], torch.Tensor], outputs: int, x_TI: torch.Tensor, factors: LayerFactors, segments: Any
@@ -109,71 +144,13 @@ class TorchKernels:
         return y_TO
 
 
-class TritonKernels:
-    """Triton's segment kernels. All that they read stands at fixed addresses: captured or not, the call is the same."""
-
-    def __init__(self, device: torch.device, num_slots: int) -> None:
-        from bdlora_kernels.configurations import device_configurations
-        from bdlora_kernels.launch import make_second_stream
-
-        self._device, self._num_slots = device, num_slots
-        self._configurations = device_configurations(device)
-        self._second_stream = make_second_stream(device)
-        self._h_size = 1
-        self._reserved: dict[str, _DeviceBatch] = {}
-
-    def allocate(self, num_slots: int, sizes: Mapping[str, SlotSize], dtype: torch.dtype) -> Slots:
-        self._h_size = max([self._h_size, *(size.ranks for size in sizes.values())])
-        return DeviceSlots(num_slots, sizes, dtype, self._device, _pins_memory(self._device))
-
-    def reserve_decode_graphs(self, max_tokens: int) -> None:
-        self._reserved["decode"] = self._new_batch(max_tokens, self._configurations.decode_block_tokens)
-
-    def reserve_prefill_graphs(self, max_tokens: int) -> None:
-        self._reserved["prefill"] = self._new_batch(max_tokens, self._configurations.prefill_block_tokens)
-
-    def segments(self, slots: Sequence[int], lengths: Sequence[int], graph: str | None) -> Any:
-        if graph is None:
-            tokens = max(1, sum(lengths))
-            batch = self._new_batch(tokens, self._configurations.block_tokens(tokens))
-        else:
-            batch = self._reserved[graph]
-        batch.table.fill(slots, lengths)
-        return batch
-
-    def _new_batch(self, max_tokens: int, block_tokens: int) -> "_DeviceBatch":
-        from bdlora_kernels.launch import Scratch
-        from bdlora_kernels.tables import SegmentTable
-
-        table = SegmentTable(max_tokens, self._num_slots, block_tokens, self._device)
-        splits = self._configurations.max_splits(block_tokens)
-        return _DeviceBatch(table, Scratch.allocate(max_tokens, self._h_size, splits, self._device))
-
-    def forward_with_base(
-        self, base: Callable[[], torch.Tensor], outputs: int, x_TI: torch.Tensor, factors: LayerFactors, segments: Any
-    ) -> torch.Tensor:
-        from bdlora_kernels.launch import forward_with_base
-
-        assert isinstance(factors, DeviceFactors) and isinstance(segments, _DeviceBatch)
-        batch = segments.table, segments.scratch
-        return forward_with_base(
-            base, outputs, x_TI, factors, factors.tables, *batch, second_stream=self._second_stream
-        )
-
-
-@dataclass(frozen=True)
-class _DeviceBatch:
-    table: Any
-    scratch: Any
-
-
 def give_back_host_memory() -> None:
     """Return pinned memory of adapters that are gone to the machine; PyTorch would keep it for later ones."""
     if torch.accelerator.is_available():
         torch.accelerator.empty_host_cache()
 
 
-def _pins_memory(device: torch.device) -> bool:
+def pins_memory(device: torch.device) -> bool:
     return device.type != "cpu" and is_pin_memory_available()
 
 

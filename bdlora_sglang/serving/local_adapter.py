@@ -39,7 +39,13 @@ class LocalAdapter:
 
     @property
     def num_bytes(self) -> int:
+        """Of the factors on this rank."""
         return self.packed.num_bytes
+
+    @property
+    def host_bytes(self) -> int:
+        """Of host memory on this rank."""
+        return self.packed.num_bytes + self.packed.block.table_F.nbytes
 
 
 def plan_adapter(

@@ -22,15 +22,16 @@ from bdlora_kernels import HostBlock, SlotSize
 from bdlora_sglang.adapter import Adapter
 from bdlora_sglang.adapter.locate import adapter_folder, check_adapter_name
 from bdlora_sglang.errors import BDLoRAError
-from bdlora_sglang.serving.backend import BACKEND_NAME, NO_SLOT
+from bdlora_sglang.serving.backend import BACKEND_NAME
 from bdlora_sglang.serving.communication_free import CommunicationFree
 from bdlora_sglang.serving.fully_sharded import FullySharded
-from bdlora_sglang.serving.kernels import choose_kernels
+from bdlora_sglang.serving.kernels import NO_SLOT, choose_kernels
 from bdlora_sglang.serving.layers import served_modules, wrap_layer
+from bdlora_sglang.serving.limits import batch_limits
 from bdlora_sglang.serving.local_adapter import LocalAdapter, plan_adapter, read_adapter
 from bdlora_sglang.serving.options import LoRASharding, ServingOptions
 from bdlora_sglang.serving.pool import BDLoRAMemoryPool, slot_sizes_for_adapters
-from bdlora_sglang.serving.sharding import Sharding
+from bdlora_sglang.serving.sharding import Sharding, layer_shape
 from bdlora_sglang.serving.sizes import format_bytes
 
 SHARDINGS: dict[LoRASharding, Sharding] = {
@@ -204,10 +205,14 @@ class BDLoRAManager(LoRAManager):
         for lora_id, lora in self.loras.items():
             self.memory_pool.check_fits(lora.plan)
             self.loras[lora_id] = replace(lora, packed=self.memory_pool.stage(lora.packed))
+        # Now, because SGLang sizes the KV cache next, by the memory that is left.
+        self.scratch_bytes = self.kernels.reserve(
+            {name: layer_shape(layer) for name, layer in self._base_layers().items()}, batch_limits()
+        )
 
     def _slot_sizes(self) -> dict[str, SlotSize]:
         """By the limit on the local rank where there is one, else just large enough for the adapters given at start."""
-        layers = {name: module.base_layer for by_name in self.lora_modules for name, module in by_name.items()}
+        layers = self._base_layers()
         limit = self.options.max_local_rank or (self.max_lora_rank if self._rank_is_given else None)
         if limit is not None:
             return {name: self.sharding.slot_size(layer, limit) for name, layer in layers.items()}
@@ -215,6 +220,14 @@ class BDLoRAManager(LoRAManager):
         # Shards can be uneven; the same slots on every rank make an adapter that fits on one fit on all.
         sizes: list[dict[str, SlotSize]] = get_parallel().tp_group.all_gather_object(own)
         return {name: _largest(rank_sizes[name] for rank_sizes in sizes) for name in own}
+
+    def bytes_of_fitting_slot(self) -> int:
+        """Bytes of factors of a slot just large enough for the adapters that are loaded."""
+        sizes = slot_sizes_for_adapters(self._base_layers(), [lora.plan for lora in self.loras.values()])
+        return sum(size.a + size.b for size in sizes.values()) * self.dtype.itemsize
+
+    def _base_layers(self) -> dict[str, torch.nn.Module]:
+        return {name: module.base_layer for by_name in self.lora_modules for name, module in by_name.items()}
 
     def update_lora_info(self) -> None:
         """Give layers their factors. Those that no adapter can touch get none, and SGLang runs the base layer alone."""

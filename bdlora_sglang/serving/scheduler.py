@@ -1,5 +1,6 @@
 """From SGLang's scheduler down to our LoRA manager, one small override a class, and the proof that it is in use."""
 
+import logging
 from typing import Any
 
 import torch
@@ -31,6 +32,9 @@ from bdlora_sglang.serving.layers import ColumnParallelLinearWithBDLoRA, RowPara
 from bdlora_sglang.serving.manager import BDLoRAManager, ReadAdapter
 from bdlora_sglang.serving.options import ServingOptions
 from bdlora_sglang.serving.pool import BDLoRAMemoryPool
+from bdlora_sglang.serving.proof import prove_deltas
+
+logger = logging.getLogger(__name__)
 
 # Those that SGLang pads in a model's config on the CPU (``configs/update_config.py``).
 _HEAD_COUNTS = ("num_attention_heads", "num_key_value_heads", "swa_num_attention_heads", "swa_num_key_value_heads")
@@ -137,6 +141,9 @@ class BDLoRAScheduler(Scheduler):
         super().__init__(*args, **kwargs)
         if self.enable_lora:
             prove_in_place(self.tp_worker.model_runner)
+            manager = self.tp_worker.model_runner.lora_manager
+            manager.kernels.compile(_tell_progress)
+            logger.info(f"BD-LoRA is proven in {', '.join(prove_deltas(manager))}.")
 
     def init_request_receiver(self) -> None:
         super().init_request_receiver()
@@ -202,6 +209,10 @@ class BDLoRAScheduler(Scheduler):
             nccl_port=self.nccl_port,
             options=self.options,
         )
+
+
+def _tell_progress(done: int, total: int) -> None:
+    logger.info(f"BD-LoRA kernels are compiled for {done} of {total} kinds of layers.")
 
 
 def prove_in_place(model_runner: ModelRunner) -> int:

@@ -9,7 +9,7 @@ from sglang.srt.layers.linear import ColumnParallelLinear, RowParallelLinear
 
 from bdlora_kernels import LayerFactors, LayerPlan, SlotSize
 from bdlora_sglang.adapter import Adapter, LoRAModule
-from bdlora_sglang.serving.kernels import Kernels
+from bdlora_sglang.serving.kernels import Kernels, LayerShape
 from bdlora_sglang.serving.layers import ServedModule
 
 
@@ -58,3 +58,10 @@ class Sharding(Protocol):
 
         ``segments`` are those that ``kernels`` made of the batch.
         """
+
+
+def layer_shape(layer: ColumnParallelLinear | RowParallelLinear) -> LayerShape:
+    """What a layer reads and writes on this rank, before its own collective."""
+    if isinstance(layer, RowParallelLinear):
+        return LayerShape(layer.input_size_per_partition, layer.output_size)
+    return LayerShape(layer.input_size, sum(layer.output_partition_sizes))

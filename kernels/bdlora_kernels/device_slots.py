@@ -5,7 +5,7 @@ without room between them where the adapter is smaller than the slot. The tables
 that writing a slot is two copies whatever the adapter.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +15,8 @@ from bdlora_kernels.packing import HostBlock, PackedAdapter
 from bdlora_kernels.slot_size import SlotSize
 from bdlora_kernels.tables import ENTRY_FIELDS, SliceTables
 
+# `DeviceSlots.active_layers` where anything may be in the slots.
+ALL_LAYERS = -1
 # Offsets in a slot are int32.
 _MOST_ELEMENTS = 2**31 - 1
 # Rows of the tables are multiples of so many fields, for the same reason as `ALIGNMENT`.
@@ -23,9 +25,13 @@ _ROW_FIELDS = 16
 
 @dataclass
 class DeviceFactors(LayerFactors):
-    """One layer in all slots: ``tables`` say what a slot holds of it, by offsets from its start, not ``slices``."""
+    """One layer in all slots: ``tables`` say what a slot holds of it, by offsets from its start, not ``slices``.
+
+    ``index`` is the layer's place among those of the slots.
+    """
 
     tables: SliceTables = field(kw_only=True)
+    index: int = field(kw_only=True)
 
 
 class DeviceSlots:
@@ -53,11 +59,11 @@ class DeviceSlots:
         # Zeros, so that the memory is really there: a server must not run out of it at its first request.
         self._factors_SE = torch.zeros(num_slots, elements, dtype=dtype, device=device)
         self._table_SF = torch.zeros(num_slots, fields, dtype=torch.int32, device=device)
-        # Also keeps host memory alive until it is copied.
-        self._held: list[PackedAdapter | None] = [None] * num_slots
+        self._held_layers = [0] * num_slots
+        self.h_size = max((size.ranks for size in sizes.values()), default=1)
         self.layers = {
-            name: DeviceFactors(self._factors_SE, self._factors_SE, tables=self._tables(name, size))
-            for name, size in sizes.items()
+            name: DeviceFactors(self._factors_SE, self._factors_SE, tables=self._tables(name, size), index=i)
+            for i, (name, size) in enumerate(sizes.items())
         }
 
     def _tables(self, name: str, size: SlotSize) -> SliceTables:
@@ -90,8 +96,20 @@ class DeviceSlots:
         factors_E, table_F = adapter.block.factors_E, adapter.block.table_F
         self._factors_SE[slot, : len(factors_E)].copy_(factors_E, non_blocking=True)
         self._table_SF[slot].copy_(table_F, non_blocking=True)
-        self._held[slot] = adapter
+        self._held_layers[slot] = sum(1 << self.layers[name].index for name in adapter.layers)
+
+    def active_layers(self, slots: Iterable[int]) -> int:
+        """A bit for each layer (`DeviceFactors.index`) that any of ``slots`` holds; negative ones hold nothing."""
+        active = 0
+        for slot in set(slots):
+            if slot >= 0:
+                active |= self._held_layers[slot]
+        return active
+
+    def zeros(self, *shape: int) -> torch.Tensor:
+        """Of the factors' type, where they are."""
+        return self._factors_SE.new_zeros(shape)
 
     def clear(self, slot: int) -> None:
         """Forget what a slot holds. Nothing is written: no token is sent there until it is filled again."""
-        self._held[slot] = None
+        self._held_layers[slot] = 0
