@@ -9,7 +9,8 @@ from bdlora_cli.perf_estimate import estimate
 from bdlora_cli.perf_kernels import kernels
 from bdlora_cli.perf_render import render
 from bdlora_cli.perf_serve import serve
+from bdlora_cli.perf_swap import swap
 
 app = typer.Typer(name="perf", help="Throughput and latency: measured, estimated, compared.", no_args_is_help=True)
-for command in (serve, engine, collectives, kernels, estimate, compare, render):
+for command in (serve, engine, swap, collectives, kernels, estimate, compare, render):
     app.command()(command)

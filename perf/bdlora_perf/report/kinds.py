@@ -68,4 +68,11 @@ LAYOUTS: Mapping[Kind, Layout] = {
         Lines("bandwidth", "decode_bandwidth_gbs", ("requests",), _SERVER),
         panels=("dtype",),
     ),
+    "swap": _layout(
+        ("gap_ms", "median_load_ms", "median_cold_ms"),
+        ("tp",),
+        Percentiles("latency", {"load_ms": "Load", "cold_ms": "First token, cold", "warm_ms": "First token, warm"}),
+        Lines("gap", "gap_ms", ("rank",), ("tp",), log_y=True),
+        Lines("prepare", "prepare_same_us", ("requests",), log_y=True),
+    ),
 }
