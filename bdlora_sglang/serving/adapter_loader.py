@@ -5,6 +5,7 @@ adapter, or that one has failed, its scheduler sends `FinishAdapterLoad` down th
 read in the same order: so each takes the adapter over at the same point, and no step has a collective more than before.
 """
 
+import logging
 import os
 import threading
 from collections.abc import Callable
@@ -18,6 +19,8 @@ import torch
 import torch.distributed as dist
 
 from bdlora_sglang.serving.agreement import AllGather, read_together
+
+logger = logging.getLogger(__name__)
 
 # On a machine whose cores are all busy, the forward goes first.
 _NICENESS = 10
@@ -92,7 +95,12 @@ class AdapterLoader(Generic[T]):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         self._start_thread()
         while True:
-            self._jobs.get()()
+            job = self._jobs.get()
+            try:
+                job()
+            # Loads report what went wrong themselves; this thread must live on for those to come.
+            except Exception:
+                logger.exception("A job beside the forwards has failed")
 
 
 def gather_errors(ranks: list[int]) -> AllGather:

@@ -8,7 +8,7 @@ import math
 
 import torch
 from sglang.srt.distributed.parallel_state import GroupCoordinator
-from sglang.srt.layers.linear import RowParallelLinear
+from sglang.srt.layers.linear import ColumnParallelLinear, RowParallelLinear
 from sglang.srt.runtime_context import get_parallel
 
 from bdlora_sglang.adapter import Adapter
@@ -51,8 +51,9 @@ class _Proof:
         self.base = self.wrapped.base_layer
 
     def run(self) -> bool:
-        """False where a slot is too small for any whole module, or the layer gathers its output."""
-        module = self._module_that_fits()
+        """False where a slot is too small for any module, or the layer is no linear one or gathers its output."""
+        is_linear = isinstance(self.base, (ColumnParallelLinear, RowParallelLinear))
+        module = self._module_that_fits() if is_linear else None
         if module is None or getattr(self.base, "gather_output", False):
             return False
         name, rank = module

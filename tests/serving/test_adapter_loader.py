@@ -104,6 +104,7 @@ def test_a_thread_is_prepared_and_does_other_jobs_in_turn() -> None:
     loader = AdapterLoader[str](lambda error: [error], lambda: done.append("prepared"))
     loader.start("a", None, lambda: done.append("read") or "a")  # type: ignore[func-returns-value]
     loader.do(lambda: done.append("other"))
+    loader.do(lambda: 1 // 0)  # type: ignore[arg-type,return-value]
     loader.do(lambda: finished.set_result(None))
     finished.result(20)
     assert done == ["prepared", "read", "other"]
