@@ -41,7 +41,7 @@ class CommunicationFree:
         # There are at most `rank` slices of each module, and every one may start on an aligned element.
         slices = modules * rank
         padding = align(1) * slices
-        return SlotSize(align(a) + padding, align(b) + padding, slices, rank)
+        return SlotSize(align(a) + padding, align(b) + padding, slices, rank, slices)
 
     def forward_with_base(
         self,

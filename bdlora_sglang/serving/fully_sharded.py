@@ -46,11 +46,11 @@ class FullySharded:
         chunk = -(-rank // tp_size)
         if isinstance(layer, RowParallelLinear):
             outputs = -(-layer.output_size // tp_size)
-            return SlotSize(align(rank * layer.input_size_per_partition), align(rank * outputs), rank, rank)
+            return SlotSize(align(rank * layer.input_size_per_partition), align(rank * outputs), rank, rank, rank)
         sizes = layer.output_partition_sizes
         modules = len(sizes)
         b = sum(align(tp_size * chunk * size) for size in sizes)
-        return SlotSize(align(modules * chunk * layer.input_size), b, modules * chunk, chunk)
+        return SlotSize(align(modules * chunk * layer.input_size), b, modules * chunk, chunk, modules * chunk)
 
     def forward_with_base(
         self,

@@ -211,15 +211,19 @@ class BDLoRAManager(LoRAManager):
         )
 
     def _slot_sizes(self) -> dict[str, SlotSize]:
-        """By the limit on the local rank where there is one, else just large enough for the adapters given at start."""
+        """By the limit on the local rank where there is one, else just large enough for the adapters given at start.
+
+        The kernels are those for the adapters given at start in either case.
+        """
         layers = self._base_layers()
-        limit = self.options.max_local_rank or (self.max_lora_rank if self._rank_is_given else None)
-        if limit is not None:
-            return {name: self.sharding.slot_size(layer, limit) for name, layer in layers.items()}
         own = slot_sizes_for_adapters(layers, [lora.plan for lora in self.loras.values()])
         # Shards can be uneven; the same slots on every rank make an adapter that fits on one fit on all.
         sizes: list[dict[str, SlotSize]] = get_parallel().tp_group.all_gather_object(own)
-        return {name: _largest(rank_sizes[name] for rank_sizes in sizes) for name in own}
+        given = {name: _largest(rank_sizes[name] for rank_sizes in sizes) for name in own}
+        limit = self.options.max_local_rank or (self.max_lora_rank if self._rank_is_given else None)
+        if limit is None:
+            return given
+        return {name: self.sharding.slot_size(layer, limit).made_for(given[name]) for name, layer in layers.items()}
 
     def bytes_of_fitting_slot(self) -> int:
         """Bytes of factors of a slot just large enough for the adapters that are loaded."""

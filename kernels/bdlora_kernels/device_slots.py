@@ -69,7 +69,8 @@ class DeviceSlots:
     def _tables(self, name: str, size: SlotSize) -> SliceTables:
         first, entries = self._first_entry[name], SliceTables.entries_per_slot(size.ranks)
         fields_SF = self._table_SF[:, first * ENTRY_FIELDS : (first + entries) * ENTRY_FIELDS]
-        return SliceTables.on(fields_SF.view(len(fields_SF), entries, ENTRY_FIELDS), size.usual_rank, size.ranks)
+        entries_SEF = fields_SF.view(len(fields_SF), entries, ENTRY_FIELDS)
+        return SliceTables.on(entries_SEF, size.usual_rank, size.ranks, size.usual_ranks)
 
     @property
     def slot_bytes(self) -> int:

@@ -1,7 +1,7 @@
 """How much room one slot of one layer has."""
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Protocol
 
 from bdlora_kernels.layout import Slice
@@ -27,19 +27,21 @@ class SlotSize:
     Attributes:
         a, b: elements of the A and the B factors.
         ranks: ranks of all slices together, however many there are.
-        usual_rank: rank of one slice; no limit, the kernels are chosen by it.
+        usual_rank, usual_ranks: rank of one slice, and of all together, of most adapters. No limits: the kernels are
+            chosen by them.
     """
 
     a: int = 0
     b: int = 0
     ranks: int = 0
     usual_rank: int = 0
+    usual_ranks: int = 0
 
     @classmethod
     def of(cls, factors: Measured) -> "SlotSize":
         """Just large enough for ``factors``."""
         ranks = [part.rank for part in factors.slices]
-        return cls(factors.a_elements, factors.b_elements, sum(ranks), max(ranks))
+        return cls(factors.a_elements, factors.b_elements, sum(ranks), max(ranks), sum(ranks))
 
     def __bool__(self) -> bool:
         """Whether there is room for anything at all."""
@@ -48,6 +50,10 @@ class SlotSize:
     def max(self, other: "SlotSize") -> "SlotSize":
         """Large enough for whatever fits either."""
         return SlotSize(*map(max, astuple(self), astuple(other)))
+
+    def made_for(self, usual: "SlotSize") -> "SlotSize":
+        """As large, with kernels for what just fits into ``usual``; that may be nothing."""
+        return replace(self, usual_rank=usual.usual_rank, usual_ranks=usual.usual_ranks) if usual else self
 
     def fits(self, other: "SlotSize") -> bool:
         """Whether what needs ``other`` fits here."""

@@ -147,16 +147,19 @@ class SliceTables:
         return 2 * (1 + h_size)
 
     @classmethod
-    def on(cls, entries_SEF: torch.Tensor, usual_rank: int, h_size: int) -> "SliceTables":
+    def on(
+        cls, entries_SEF: torch.Tensor, usual_rank: int, h_size: int, usual_ranks: int | None = None
+    ) -> "SliceTables":
         """Tables on memory of ``(slots, entries_per_slot, ENTRY_FIELDS)``, whose zeros mean that slots are empty.
 
         Args:
             entries_SEF: rows may lie apart.
             usual_rank: rank of a slice; larger ones are served in several steps.
             h_size: largest sum of the ranks of a slot, however many slices they are of.
+            usual_ranks: that sum for most adapters; others are served in more programs. Without it, ``h_size``.
         """
         shrink_SEF, expand_SEF = entries_SEF[:, : 1 + h_size], entries_SEF[:, 1 + h_size :]
-        shrink = ShrinkTable(shrink_SEF, _block_rank(h_size, _MAX_SHRINK_BLOCK))
+        shrink = ShrinkTable(shrink_SEF, _block_rank(usual_ranks or h_size, _MAX_SHRINK_BLOCK))
         return cls(shrink, ExpandTable(expand_SEF, _block_rank(usual_rank, _MAX_EXPAND_BLOCK)), h_size)
 
     @classmethod

@@ -174,6 +174,17 @@ def test_more_ranks_than_there_is_room_for(slots_class: Any) -> None:
             slots.describe(adapter)
 
 
+def test_kernels_are_chosen_by_usual_adapters() -> None:
+    """Slots for rank 64 in qkv, three times, and adapters of rank 8: blocks of 32 rows, not 64, and of 16 columns."""
+    room, usual = SlotSize(1 << 16, 1 << 16, 192, 64, 192), SlotSize(1 << 12, 1 << 12, 24, 8, 24)
+    for size, blocks, programs in ((room, (64, 32), 3), (room.made_for(usual), (32, 16), 6)):
+        tables = DeviceSlots(1, {"qkv": size}, torch.float32, CPU, pin_memory=False).layers["qkv"].tables
+        assert (tables.shrink.block_rank, tables.expand.block_rank) == blocks
+        assert tables.shrink.row_programs == programs
+        assert tables.h_size == 192 and size.fits(room), "larger adapters are served all the same"
+    assert room.made_for(SlotSize()) == room
+
+
 def test_a_slot_beyond_int32_is_refused() -> None:
     with pytest.raises(ValueError, match="found a slot of 3221225472 elements, expected at most 2147483647"):
         DeviceSlots(1, {"a": SlotSize(3 << 30, 0, 1, 1)}, torch.float32, torch.device("meta"), pin_memory=False)
