@@ -18,6 +18,7 @@ from bdlora_kernels import (
     add_lora_delta,
     group_tokens,
 )
+from bdlora_kernels.segments import FEW_TOKENS
 from bdlora_sglang.errors import BDLoRAError
 
 NO_SLOT = -1  # the base model: its tokens cost nothing
@@ -132,7 +133,9 @@ class TorchKernels:
     def segments(self, slots: Sequence[int], lengths: Sequence[int], graph: str | None) -> Any:
         key = tuple(slots), tuple(lengths)
         if self._last[0] != key:
-            self._last = key, group_tokens(slots, lengths, self._device)
+            # Only a CPU has loops for few tokens.
+            few_tokens = FEW_TOKENS if self._device.type == "cpu" else 0
+            self._last = key, group_tokens(slots, lengths, self._device, few_tokens)
         return self._last[1]
 
     def forward_with_base(

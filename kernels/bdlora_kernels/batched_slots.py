@@ -1,8 +1,7 @@
 """The slots of the PyTorch kernels: memory of its own for each layer.
 
-Not one run of memory as in `DeviceSlots`: neighbouring slots of a layer must be laid out alike, whatever else their
-adapters hold, to be multiplied in one product. And as each B is transposed, on a CPU also converted to float32, a slot
-is not filled by copying a block.
+Not one run of memory as in `DeviceSlots`: each B is transposed, and a CPU may keep float32 for a model of another type,
+so a slot is not filled by copying a block.
 """
 
 from collections.abc import Mapping

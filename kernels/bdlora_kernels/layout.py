@@ -5,6 +5,7 @@ Shape suffixes: S slots, T tokens, I input features of this rank, O output featu
 
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 
 # Factors start at multiples of this many elements, and slots are so many apart. Triton sees that an argument is a
@@ -29,6 +30,21 @@ class Slice:
     a_offset: int
     b_offset: int
     scaling: float
+
+
+# A `Slice` as `cpu_kernels` reads it: its columns of h start at ``h_start``, and B takes those of ``gathered`` ranks.
+ENTRY = np.dtype(
+    [
+        *((name, np.int64) for name in ("input_start", "input_size", "output_start", "output_size", "rank")),
+        *((name, np.int64) for name in ("a_offset", "b_offset", "h_start", "gathered")),
+        ("scaling", np.float32),
+    ],
+    align=True,
+)
+# The same of the tokens of one slot: those at ``places[start:stop]``.
+SEGMENT = np.dtype([(name, np.int64) for name in ("slot", "start", "stop")])
+# Of factors.
+CPU_DTYPES = (torch.float32, torch.bfloat16)
 
 
 @dataclass

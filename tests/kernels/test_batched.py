@@ -20,6 +20,8 @@ from bdlora_kernels import (
     group_tokens,
     pack,
 )
+from bdlora_kernels.batched import expand, shrink
+from bdlora_kernels.layout import align
 
 INPUTS, OUTPUTS = 67, 53  # odd, so that nothing is aligned by luck
 SLOTS = 5
@@ -184,19 +186,49 @@ def test_every_slot_different(requests: list[tuple[int, int]], dtype: torch.dtyp
     check(by_slot, requests, dtype, strided)
 
 
-BETWEEN: dict[str, list[list[Window]]] = {
-    "nothing-here": [whole(4), [], whole(4)],
-    "another-layout": [whole(4), SLICES["qkv"], whole(4)],
-    "the-same-layout": [whole(4)] * 3,
-}
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def test_the_batch_does_not_matter(dtype: torch.dtype) -> None:
+    """To the last bit: each token alone, and all of them, on three threads."""
+    inputs, outputs, ranks = 83, 2500, (7, 37, 1)  # more outputs and ranks than a thread does at a time
+    by_slot = [[Window(range(inputs), range(1, outputs), rank), Window(range(5, 80), range(2100), 2)] for rank in ranks]
+    factors, unpacked = make_factors(by_slot, dtype)
+    slots = [1, 0, 2, 1, 1, BASE, 2]
+    x_TI, y_TO = torch.randn(len(slots), inputs).to(dtype), torch.zeros(len(slots), outputs, dtype=dtype)
+    alone = y_TO.clone()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        for token, slot in enumerate(slots):
+            one = slice(token, token + 1)
+            add_lora_delta(alone[one], x_TI[one], factors, group_tokens([slot], [1], torch.device("cpu")))
+        add_lora_delta(y_TO, x_TI, factors, group_tokens(slots, [1] * len(slots), torch.device("cpu")))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(y_TO, alone)
+    expected, _, _ = dense(torch.zeros_like(y_TO), x_TI, unpacked, [(slot, 1) for slot in slots])
+    torch.testing.assert_close(y_TO.double(), expected, atol=40 * torch.finfo(dtype).eps, rtol=torch.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize("between", [True, False], ids=["used", "unused"])
-@pytest.mark.parametrize("by_slot", BETWEEN.values(), ids=BETWEEN)
-def test_a_slot_between_two_of_one_product(by_slot: list[list[Window]], between: bool) -> None:
-    """Slots 0 and 2 are laid out alike; what stands between must neither reach them nor be reached."""
-    requests = [(2, 1), (1, 2), (0, 1)] if between else [(2, 1), (0, 3)]
-    check(by_slot, requests, torch.float32)
+@pytest.mark.parametrize("few_tokens", [0, 100], ids=["products", "loops"])
+@pytest.mark.parametrize("seed", range(4))
+def test_loops_and_products_agree(seed: int, few_tokens: int) -> None:
+    """Whichever takes a segment, the halves of fully sharded ranks with B over three of them included."""
+    factors = BatchedFactors.allocate(1, align(4 * INPUTS), align(12 * OUTPUTS), torch.float32, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(seed)
+    a_RI, b_OR, x_TI, y_TO, others_NTR = (
+        torch.randn(*shape, generator=generator)
+        for shape in ((4, INPUTS), (OUTPUTS, 12), (6, INPUTS), (6, OUTPUTS), (2, 6, 4))
+    )
+    factors.write(0, pack([UnpackedSlice(a_RI, b_OR, 0, 0, 0.5)], gathered=3))
+    batch = group_tokens([0, BASE, 0], [2, 1, 3], torch.device("cpu"), few_tokens)
+    h_TR = shrink(x_TI, factors, batch)
+    own = torch.tensor([0, 1, 3, 4, 5])
+    torch.testing.assert_close(h_TR[own].double(), x_TI[own].double() @ a_RI.T.double(), atol=1e-4, rtol=1e-5)
+    assert not h_TR[2].any()
+    expected = y_TO.double()
+    expected[own] += 0.5 * torch.cat([h_TR, *others_NTR], dim=1)[own].double() @ b_OR.T.double()
+    expand(y_TO, torch.stack([h_TR, *others_NTR]), factors, batch)
+    torch.testing.assert_close(y_TO.double(), expected, atol=1e-4, rtol=1e-5)
 
 
 def test_a_slot_is_written_again() -> None:

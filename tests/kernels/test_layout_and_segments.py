@@ -53,60 +53,32 @@ def test_align(elements: int, aligned: int) -> None:
     assert align(elements) == aligned
 
 
-def indices(segment: Segment, num_tokens: int) -> list[int]:
-    return [token for span in segment.spans for token in range(num_tokens)[span.start : span.stop]]
-
-
+@pytest.mark.parametrize("few_tokens", [0, 3, 100])
 @pytest.mark.parametrize("seed", range(20))
-def test_each_token_is_in_the_segment_of_its_slot(seed: int) -> None:
+def test_each_token_is_in_the_segment_of_its_slot(seed: int, few_tokens: int) -> None:
     source = random.Random(seed)
     slots = [source.randint(-1, 3) for _ in range(source.randint(0, 12))]
     lengths = [source.randint(0, 4) for _ in slots]
     slot_of_token = [slot for slot, length in zip(slots, lengths, strict=True) for _ in range(length)]
-    segments = group_tokens(slots, lengths, CPU).segments
-    assert [segment.slot for segment in segments] == sorted({slot for slot in slot_of_token if slot >= 0})
-    for segment in segments:
-        tokens = indices(segment, len(slot_of_token))
-        assert tokens == [token for token, slot in enumerate(slot_of_token) if slot == segment.slot]
-        assert segment.num_tokens == len(tokens)
+    expected = {
+        slot: [token for token, other in enumerate(slot_of_token) if other == slot]
+        for slot in set(slot_of_token) - {-1}
+    }
+    batch = group_tokens(slots, lengths, CPU, few_tokens)
+    assert batch.slots == tuple(sorted(expected))
+    few = {slot: batch.places[start:stop].tolist() for slot, start, stop in batch.few.tolist()}
+    assert few == {slot: tokens for slot, tokens in expected.items() if len(tokens) <= few_tokens}
+    every_token = torch.arange(len(slot_of_token))
+    many = {segment.slot: every_token[segment.tokens].tolist() for segment in batch.many}
+    assert few | many == expected
 
 
 def test_neighbours_need_no_gather() -> None:
     """Also across requests, and across an empty one between them."""
-    batch = group_tokens([-1, 2, 2, 0, 2], [3, 4, 1, 0, 2], CPU)
-    assert batch.segments == (Segment(2, (range(3, 10),)),)
-    values = torch.arange(20.0).view(10, 2)
-    taken = batch.tokens(2, 1).take(values, torch.float32)
-    assert taken.data_ptr() == values[3:].data_ptr() and torch.equal(taken, values[None, 3:])
-    taken += 1
-    batch.tokens(2, 1).put(values, taken)
-    assert torch.equal(values[3:], torch.arange(7.0, 21).view(7, 2))
-    # And across slots, where each has as many tokens as the other.
-    neighbours = group_tokens([0, 1, 2], [2, 2, 2], CPU).tokens(0, 3)
-    assert neighbours.take(values, torch.float32).data_ptr() == values.data_ptr()
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_tokens_are_taken_and_put_back(seed: int) -> None:
-    """Whatever the order: each slot's tokens, padded to as many as the longest has, and only theirs are written."""
-    source = random.Random(seed)
-    slots = [source.randint(-1, 5) for _ in range(12)]
-    lengths = [source.randint(0, 3) for _ in slots]
-    of_token = [slot for slot, length in zip(slots, lengths, strict=True) for _ in range(length)]
-    if not any(1 <= slot <= 4 for slot in of_token):
-        return
-    tokens = group_tokens(slots, lengths, CPU).tokens(1, 4)
-    values = torch.arange(float(len(of_token) * 3)).view(-1, 3)
-    taken = tokens.take(values, torch.float64)
-    for place, slot in enumerate(range(1, 5)):
-        own = [token for token, other in enumerate(of_token) if other == slot]
-        assert torch.equal(taken[place, : len(own)], values[own].double())
-    tokens.put(values, -taken)
-    for token, slot in enumerate(of_token):
-        sign = -1 if 1 <= slot <= 4 else 1
-        assert torch.equal(values[token], sign * torch.arange(3.0 * token, 3 * token + 3))
+    (segment,) = group_tokens([-1, 2, 2, 0, 2], [3, 4, 1, 0, 2], CPU, few_tokens=0).many
+    assert segment == Segment(2, slice(3, 10))
 
 
 def test_lengths_must_match() -> None:
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="found 2 slots and 1 lengths"):
         group_tokens([0, 1], [1], CPU)
