@@ -1,5 +1,7 @@
 """A slot of the device is one buffer: what is copied to fill it, and that every layer finds its factors there."""
 
+import gc
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -183,6 +185,19 @@ def test_kernels_are_chosen_by_usual_adapters() -> None:
         assert tables.shrink.row_programs == programs
         assert tables.h_size == 192 and size.fits(room), "larger adapters are served all the same"
     assert room.made_for(SlotSize()) == room
+
+
+def test_host_memory_goes_with_its_adapter() -> None:
+    """Also while a slot holds it: nothing is left of an adapter that was unloaded."""
+    layers = random_layers(3, NAMES[:4], seed=0)
+    slots = DeviceSlots(SLOTS, sizes(layers), torch.float32, CPU, pin_memory=False)
+    adapter = staged(slots, layers)
+    slots.write(0, adapter)
+    memory = weakref.ref(adapter.block.factors_E)
+    del adapter
+    gc.collect()
+    assert memory() is None
+    assert_holds(slots, 0, layers)
 
 
 def test_a_slot_beyond_int32_is_refused() -> None:
