@@ -225,10 +225,10 @@ class BDLoRAManager(LoRAManager):
             return given
         return {name: self.sharding.slot_size(layer, limit).made_for(given[name]) for name, layer in layers.items()}
 
-    def bytes_of_fitting_slot(self) -> int:
-        """Bytes of factors of a slot just large enough for the adapters that are loaded."""
+    def used_part_of_slot(self) -> float:
+        """Elements of a slot just large enough for the adapters that are loaded, of those that a slot has."""
         sizes = slot_sizes_for_adapters(self._base_layers(), [lora.plan for lora in self.loras.values()])
-        return sum(size.a + size.b for size in sizes.values()) * self.dtype.itemsize
+        return sum(size.a + size.b for size in sizes.values()) / max(1, self.memory_pool.slot_elements)
 
     def _base_layers(self) -> dict[str, torch.nn.Module]:
         return {name: module.base_layer for by_name in self.lora_modules for name, module in by_name.items()}

@@ -43,6 +43,11 @@ class BDLoRAMemoryPool(LoRAMemoryPool):
         self.guard = SlotGuard(next(base_model.parameters()).device)
         self.slots: Slots = self._kernels.allocate(self.max_loras_per_batch, self._slot_sizes, self.dtype)
 
+    @property
+    def slot_elements(self) -> int:
+        """Elements of the factors that a slot has room for, all layers together."""
+        return sum(size.a + size.b for size in self._slot_sizes.values())
+
     def can_support(self, config: LoRAConfig | Iterable[LoRAConfig]) -> bool:
         """Always true: what fits depends on the local factors, see `check_fits`."""
         return True

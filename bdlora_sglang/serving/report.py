@@ -37,11 +37,11 @@ def memory_lines(manager: BDLoRAManager, num_layers: int, kv_tokens: int) -> Ite
         f"({format_bytes(count * slot)}), {format_bytes(manager.scratch_bytes)} of scratch, "
         f"{manager.sharding.description}. KV cache: {kv_tokens} tokens."
     )
-    used = manager.bytes_of_fitting_slot()
-    if 0 < used <= slot * _MOSTLY_UNUSED:
+    used = manager.used_part_of_slot()
+    if 0 < used <= _MOSTLY_UNUSED:
         yield (
-            f"The adapters given fill {format_bytes(used)} of a slot, {used / slot:.0%}. Slots made for them (neither "
-            f"--max-local-rank nor --max-lora-rank) would be {count * slot // used} in the same memory."
+            f"The adapters given fill {format_bytes(used * slot)} of a slot, {used:.0%}. Slots made for them (neither "
+            f"--max-local-rank nor --max-lora-rank) would be {int(count / used)} in the same memory."
         )
     if get_lora().max_loaded_loras is None:
         largest = max((lora.host_bytes for lora in manager.loras.values()), default=slot)

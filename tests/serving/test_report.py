@@ -19,7 +19,7 @@ def lines(slot_bytes: int, used: int) -> list[str]:
         memory_pool=pool,
         scratch_bytes=3 * MIB,
         sharding=CommunicationFree(),
-        bytes_of_fitting_slot=lambda: used,
+        used_part_of_slot=lambda: used / slot_bytes,
         loras={"a": SimpleNamespace(host_bytes=5 * MIB)},
         device=torch.device("cpu"),
     )
