@@ -39,7 +39,6 @@ logger = logging.getLogger(__name__)
 # Those that SGLang pads in a model's config on the CPU (``configs/update_config.py``).
 _HEAD_COUNTS = ("num_attention_heads", "num_key_value_heads", "swa_num_attention_heads", "swa_num_key_value_heads")
 
-
 # A rank that has nothing else to do looks so often whether an adapter is there.
 _LOADING_POLL_SECONDS = 0.002
 
@@ -161,9 +160,9 @@ class BDLoRAScheduler(Scheduler):
     def init_request_dispatcher(self) -> None:
         super().init_request_dispatcher()
         self._request_dispatcher += TypeBasedDispatcher([(FinishAdapterLoad, self.finish_adapter_load)])
-        device = self.tp_worker.model_runner.device, get_device().gpu_id
+        device, index = torch.device(self.tp_worker.model_runner.device), get_device().gpu_id
         self.adapter_loader: AdapterLoader[ReadAdapter] = AdapterLoader(
-            gather_errors(get_parallel().tp_group.ranks), lambda: use_device(torch.device(device[0]), device[1])
+            gather_errors(get_parallel().tp_group.ranks), lambda: use_device(device, index)
         )
 
     def load_lora_adapter(self, recv_req: LoadLoRAAdapterReqInput) -> None:

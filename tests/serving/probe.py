@@ -10,6 +10,7 @@ import torch
 from sglang.srt.lora.mem_pool import LoRAMemoryPool
 from sglang.srt.runtime_context import get_parallel
 
+from bdlora_sglang.serving.kernels import choose_kernels
 from bdlora_sglang.serving.local_adapter import LocalAdapter
 from bdlora_sglang.serving.manager import BDLoRAManager
 from bdlora_sglang.serving.pool import BDLoRAMemoryPool, slot_sizes_for_adapters
@@ -81,7 +82,8 @@ class ProbedScheduler(BDLoRAScheduler):
             "lora_added_tokens_size": 0,
         }
         sizes = slot_sizes_for_adapters([name for layer in manager.lora_modules for name in layer], [lora.plan])
-        ours = BDLoRAMemoryPool(slot_sizes=sizes, sharding=manager.sharding, kernels=manager.kernels, **common)
+        kernels = choose_kernels(manager.device, 1, needs_torch=manager.sharding.exchanges)
+        ours = BDLoRAMemoryPool(slot_sizes=sizes, sharding=manager.sharding, kernels=kernels, **common)
         theirs = LoRAMemoryPool(**common)
         buffers = [*theirs.A_buffer.values(), *theirs.B_buffer.values()]
         return {
