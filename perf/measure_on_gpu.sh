@@ -22,7 +22,7 @@ tail -n 15 "$out/tests.log"
 file=sm_$(python3 -c 'import torch; print("".join(map(str, torch.cuda.get_device_capability())))').json
 timeout 185 python3 -m bdlora_perf.kernels.tune --output "$out/$file" --minutes 2.5 >"$out/tune.log" 2>&1
 tail -n 15 "$out/tune.log"
-if [ -f "$out/$file" ]; then cp "$out/$file" "$configurations/$file"; fi
+if [ -f "$out/$file" ]; then mkdir -p "$configurations" && cp "$out/$file" "$configurations/$file"; fi
 
 timeout 220 python3 -m bdlora_perf.kernels.measure --output "$out" --minutes 3.3 >"$out/measure.log" 2>&1
 tail -n 40 "$out/measure.log"

@@ -93,18 +93,19 @@ class Kernels(Protocol):
         ``y[t, outputs] += scaling * (x[t, inputs] @ A.T) @ B.T`` for every slice."""
 
 
-def choose_kernels(device: torch.device, num_slots: int, needs_torch: bool) -> Kernels:
+def choose_kernels(device: torch.device, num_slots: int, needs_torch: bool, deterministic: bool = False) -> Kernels:
     """Triton on a GPU (and in its interpreter, with ``TRITON_INTERPRET=1``), else PyTorch.
 
     Args:
         device: where the model is.
         num_slots: of the memory pool.
         needs_torch: the sharding exchanges shrink outputs, which has no Triton version yet.
+        deterministic: as for `TritonKernels`.
     """
     if not needs_torch and (device.type == "cuda" or INTERPRETED):
         from bdlora_sglang.serving.triton_kernels import TritonKernels
 
-        return TritonKernels(device, num_slots)
+        return TritonKernels(device, num_slots, deterministic)
     return TorchKernels(device)
 
 

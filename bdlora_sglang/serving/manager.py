@@ -15,7 +15,7 @@ from sglang.srt.lora.lora_registry import LoRARef
 from sglang.srt.lora.utils import auto_detect_lora_target_modules, get_normalized_target_modules
 from sglang.srt.managers.io_struct import LoRAUpdateOutput
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
-from sglang.srt.runtime_context import get_parallel
+from sglang.srt.runtime_context import get_exec, get_parallel
 from sglang.srt.utils import replace_submodule
 
 from bdlora_kernels import HostBlock, SlotSize
@@ -146,7 +146,12 @@ class BDLoRAManager(LoRAManager):
         target_modules: Iterable[str] | None = None,
         lora_paths: list[LoRARef] | None = None,
     ) -> None:
-        self.kernels = choose_kernels(self.device, self.max_loras_per_batch, needs_torch=self.sharding.exchanges)
+        self.kernels = choose_kernels(
+            self.device,
+            self.max_loras_per_batch,
+            needs_torch=self.sharding.exchanges,
+            deterministic=get_exec().deterministic.enable_deterministic_inference,
+        )
         self.lora_backend.use(self.sharding, self.kernels)
         # Known before the first adapter is loaded, so that each is held to the limit.
         self.max_lora_rank = max_lora_rank

@@ -9,16 +9,17 @@ import torch
 from bdlora_kernels import DeviceFactors, DeviceSlots, LayerFactors, SegmentTable, SlotSize
 from bdlora_kernels.configurations import DECODE_TOKENS, device_configurations
 from bdlora_kernels.device_slots import ALL_LAYERS
-from bdlora_kernels.launch import Scratch, forward_with_base, make_second_stream
+from bdlora_kernels.launch import Scratch, forward_with_base, make_second_stream, shape_of
 from bdlora_sglang.serving.kernels import INTERPRETED, NO_SLOT, BatchLimits, LayerShape, Slots, pins_memory
 
 
 class TritonKernels:
     """Triton's segment kernels. All that they read stands at fixed addresses: captured or not, the call is the same."""
 
-    def __init__(self, device: torch.device, num_slots: int) -> None:
+    def __init__(self, device: torch.device, num_slots: int, deterministic: bool = False) -> None:
+        """``deterministic``: a token's result is the same whatever else is in its batch (batch-invariant)."""
         self._device, self._num_slots = device, num_slots
-        self._configurations = device_configurations(device)
+        self._configurations = device_configurations(device, deterministic)
         self._second_stream = make_second_stream(device)
         self._slots = DeviceSlots(num_slots, {}, torch.float32, device, pin_memory=False)
         self._shapes: Mapping[str, LayerShape] = {}
@@ -38,16 +39,16 @@ class TritonKernels:
         self._scratch, self._scratch_tokens = self._new_scratch(largest), largest
         # Tiles differ in size, and so do the tables of small and of large batches.
         for name, tokens in (("small", min(DECODE_TOKENS, largest)), ("large", largest)):
-            self._tables[name] = self._new_table(tokens, self._configurations.block_tokens(tokens))
+            self._tables[name] = self._new_table(tokens, self._eager_block(tokens))
         if batch.decode_graph_tokens:
             self.reserve_decode_graphs(batch.decode_graph_tokens)
         return _device_bytes(self._scratch, *(table.segments for table in self._tables.values()))
 
     def reserve_decode_graphs(self, max_tokens: int) -> None:
-        self._reserve_graphs("decode", max_tokens, self._configurations.decode_block_tokens)
+        self._reserve_graphs("decode", max_tokens, self._configurations.block_tokens(decode=True))
 
     def reserve_prefill_graphs(self, max_tokens: int) -> None:
-        self._reserve_graphs("prefill", max_tokens, self._configurations.prefill_block_tokens)
+        self._reserve_graphs("prefill", max_tokens, self._configurations.block_tokens(decode=False))
 
     def _reserve_graphs(self, phase: str, max_tokens: int, block_tokens: int) -> None:
         reserved = self._tables.get(phase)
@@ -66,7 +67,10 @@ class TritonKernels:
         if table is not None and tokens <= table.segments.max_tokens:
             return table
         # Beyond what SGLang has said a batch can be, or before anything was reserved.
-        return self._new_table(max(1, tokens), self._configurations.block_tokens(tokens))
+        return self._new_table(max(1, tokens), self._eager_block(tokens))
+
+    def _eager_block(self, tokens: int) -> int:
+        return self._configurations.block_tokens(decode=tokens <= DECODE_TOKENS)
 
     def _new_table(self, max_tokens: int, block_tokens: int) -> "_Table":
         # One forward comes after the other, so all of them share the scratch that is large enough.
@@ -76,13 +80,9 @@ class TritonKernels:
 
     def _new_scratch(self, max_tokens: int) -> Scratch:
         """Room for any batch of up to so many tokens."""
-        known = self._configurations
-        small = min(max_tokens, DECODE_TOKENS)
-        rows = max(
-            known.max_splits(known.block_tokens(small)) * small,
-            known.max_splits(known.block_tokens(max_tokens)) * max_tokens,
-        )
-        return Scratch.allocate(max_tokens, self._slots.h_size, -(-rows // max_tokens), self._device)
+        blocks = {self._configurations.block_tokens(decode) for decode in (True, False)}
+        rows = max(self._configurations.max_partial_tokens(max_tokens, block) for block in blocks)
+        return Scratch.allocate(max_tokens, self._slots.h_size, rows, self._device)
 
     def compile(self, done: Callable[[int, int], None]) -> None:
         if INTERPRETED:
@@ -109,10 +109,9 @@ class TritonKernels:
         assert isinstance(factors, DeviceFactors) and isinstance(segments, _DeviceBatch)
         if not segments.active_layers >> factors.index & 1:
             return base()
-        batch = segments.table, segments.scratch
-        return forward_with_base(
-            base, outputs, x_TI, factors, factors.tables, *batch, second_stream=self._second_stream
-        )
+        tables, batch = factors.tables, (segments.table, segments.scratch)
+        configuration = self._configurations.choose(shape_of(x_TI, outputs, tables, segments.table))
+        return forward_with_base(base, outputs, x_TI, factors, tables, *batch, configuration, self._second_stream)
 
 
 def token_counts(most: int) -> list[int]:

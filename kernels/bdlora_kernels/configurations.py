@@ -1,9 +1,9 @@
-"""Launch configurations: data, one file an architecture, looked up by the shape of a launch."""
+"""Launch configurations: a formula, and files of what was measured to be faster, one an architecture."""
 
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib.abc import Traversable
 from importlib.resources import files
@@ -11,118 +11,159 @@ from typing import Any
 
 import torch
 
-# Beyond so many tokens a batch is a prefill: its tiles of tokens are larger.
+# Beyond so many tokens an eager batch is a prefill: its tiles of tokens are larger.
 DECODE_TOKENS = 256
+DECODE_BLOCK_TOKENS, PREFILL_BLOCK_TOKENS = 16, 32
+# Architectures whose machine code is tested: compute capabilities, such as 90 for sm_90.
+ARCHITECTURES = (80, 90, 100)
+# Programs of a shrink, about: four for each multiprocessor of an H100, so that large batches have few partial sums.
+_SHRINK_PROGRAMS = 512
+_MAX_SPLITS = 16
+# Inputs of a split, at least: a few steps of the loop, so that its loads overlap.
+_MIN_SPLIT_INPUTS = 512
+# Inputs of a split where splits must not depend on the batch.
+_DETERMINISTIC_SPLIT_INPUTS, _MAX_DETERMINISTIC_SPLITS = 2048, 4
 
 
 @dataclass(frozen=True)
 class Configuration:
     """How the kernels are launched.
 
-    ``fused``: shrink and expand in one launch; else two, and with ``pdl`` (programmatic dependent launch, from sm_90
-    on) the second is set up while the first runs. ``splits``: parts of the inputs that different programs sum up.
-    A fused launch takes warps and stages of the shrink. ``max_registers`` of a thread: without a limit, the assembler
-    sets one itself for the sake of occupancy, and spills a few bytes for it. ``overlap``: the shrink runs on a second
-    stream beside the base layer's own product, which in decode is bound by memory and leaves multiprocessors idle.
+    ``overlap``: the shrink runs on a second stream beside the base layer's own product, which in decode is bound by
+    memory and leaves multiprocessors idle, and brings B to the cache. Else it runs after the product, and with ``pdl``
+    (programmatic dependent launch, from sm_90 on) the expand is set up while the shrink runs. ``splits``: parts of the
+    inputs that different programs sum up. ``tokens_at_once``: those of a tile that the expand multiplies together.
+    The registers are limits of a thread: without one, the assembler takes more than it needs, or sets one itself for
+    the sake of occupancy and spills for it.
 
     Raises:
-        ValueError: ``overlap`` with ``fused`` or ``pdl``, which need shrink and expand one right after the other.
+        ValueError: ``overlap`` with ``pdl``, which needs shrink and expand one right after the other.
     """
 
-    fused: bool
-    pdl: bool
     overlap: bool
+    pdl: bool
     splits: int
     block_k: int
     shrink_warps: int
     shrink_stages: int
+    shrink_registers: int
+    tokens_at_once: int
     block_o: int
     expand_warps: int
-    max_registers: int
+    expand_registers: int
 
     def __post_init__(self) -> None:
-        if self.overlap and (self.fused or self.pdl):
-            raise ValueError(f"found overlap with fused={self.fused}, pdl={self.pdl}, expected neither of the two")
-
-    def overlapping(self) -> "Configuration":
-        """The same, with the shrink beside the base layer."""
-        return replace(self, fused=False, pdl=False, overlap=True)
+        if self.overlap and self.pdl:
+            raise ValueError("found overlap with pdl, expected one of the two")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a configuration is chosen by: tokens of the batch, inputs and outputs of the layer on this GPU, tokens of a
-    tile, and ranks of a block of the shrink."""
+    """What a configuration is chosen by: tokens of the batch and the most tiles that they fall into, inputs and outputs
+    of the layer on this GPU, tokens of a tile, ranks of a block of the shrink and of the expand, and programs that
+    share a tile's rows of A."""
 
     tokens: int
+    tiles: int
     inputs: int
     outputs: int
     block_tokens: int
-    block_rank: int
+    shrink_rank: int
+    row_programs: int
+    expand_rank: int
 
     @property
-    def blocks(self) -> tuple[int, int]:
+    def blocks(self) -> tuple[int, ...]:
         """A configuration suits one size of tiles and blocks: with others it might run out of registers."""
-        return self.block_tokens, self.block_rank
+        return self.block_tokens, self.shrink_rank, self.row_programs, self.expand_rank
 
     def distance(self, other: "Shape") -> float:
         """How far two shapes with the same blocks are apart: doubling a size is a step of one."""
-        return sum(
-            abs(math.log2(mine / theirs))
-            for mine, theirs in (
-                (self.tokens, other.tokens),
-                (self.inputs, other.inputs),
-                (self.outputs, other.outputs),
-            )
-        )
+        pairs = (self.tokens, other.tokens), (self.inputs, other.inputs), (self.outputs, other.outputs)
+        return sum(abs(math.log2(mine / theirs)) for mine, theirs in pairs)
 
 
 @dataclass(frozen=True)
 class Configurations:
-    """The configurations of one architecture, such as ``sm_90``.
+    """The configurations of one architecture: ``tuned`` ones where a shape is near enough, else the formula's.
 
-    ``origin`` says where they come from: a measurement, or "not tuned yet: reasoned". ``decode_block_tokens`` and
-    ``prefill_block_tokens`` are the tokens of a tile, which all layers of a batch share.
+    ``origin`` says where the tuned ones come from. ``deterministic``: a token's result does not depend on what else
+    is in the batch (batch-invariant): tiles, splits and products are the same for every number of tokens.
     """
 
-    architecture: str
-    origin: str
-    decode_block_tokens: int
-    prefill_block_tokens: int
-    by_shape: Mapping[Shape, Configuration]
+    capability: int
+    origin: str = "by formula: not tuned"
+    tuned: Mapping[Shape, Configuration] = field(default_factory=dict)
+    deterministic: bool = False
 
-    def block_tokens(self, max_tokens: int) -> int:
-        """Tokens of a tile in batches of up to ``max_tokens`` tokens."""
-        return self.decode_block_tokens if max_tokens <= DECODE_TOKENS else self.prefill_block_tokens
+    def block_tokens(self, decode: bool) -> int:
+        """Tokens of a tile."""
+        return DECODE_BLOCK_TOKENS if decode or self.deterministic else PREFILL_BLOCK_TOKENS
 
-    def max_splits(self, block_tokens: int) -> int:
-        """The most parts that a launch with tiles of ``block_tokens`` tokens splits the inputs into."""
-        return max(chosen.splits for shape, chosen in self.by_shape.items() if shape.block_tokens == block_tokens)
+    def choose(self, shape: Shape) -> Configuration:
+        """The tuned configuration of a shape less than one doubling away, else the formula's."""
+        if not self.deterministic:
+            near = [known for known in self.tuned if known.blocks == shape.blocks and shape.distance(known) < 1]
+            if near:
+                return self.tuned[min(near, key=shape.distance)]
+        return by_formula(shape, self.capability, self.deterministic)
 
-    def nearest(self, shape: Shape) -> Configuration:
-        """The configuration of the nearest shape with the same blocks; between equals, the first in the file."""
-        return self.by_shape[
-            min((known for known in self.by_shape if known.blocks == shape.blocks), key=shape.distance)
-        ]
+    def max_partial_tokens(self, max_tokens: int, block_tokens: int) -> int:
+        """The most tokens times splits of any batch of up to ``max_tokens`` tokens, where it is split at all."""
+        if self.deterministic:
+            return max_tokens * _MAX_DETERMINISTIC_SPLITS
+        # T tokens fall into T / block tiles or more, and there are as many programs as tiles times splits.
+        most = min(max_tokens * _MAX_SPLITS, _SHRINK_PROGRAMS * block_tokens)
+        tuned = (shape.tokens * 2 * chosen.splits for shape, chosen in self.tuned.items() if chosen.splits > 1)
+        return max(most, max(tuned, default=0))
+
+
+def by_formula(shape: Shape, capability: int, deterministic: bool = False) -> Configuration:
+    """A configuration from the sizes alone, which `bdlora perf kernels --static` compares with SGLang's."""
+    decode = shape.block_tokens == DECODE_BLOCK_TOKENS
+    if deterministic:
+        splits = _power_of_two(shape.inputs // _DETERMINISTIC_SPLIT_INPUTS, _MAX_DETERMINISTIC_SPLITS)
+    else:
+        programs = shape.tiles * shape.row_programs
+        most = min(_MAX_SPLITS, _power_of_two(shape.inputs // _MIN_SPLIT_INPUTS, _MAX_SPLITS))
+        splits = _power_of_two(_SHRINK_PROGRAMS // programs, most)
+    return Configuration(
+        overlap=decode,
+        pdl=not decode and capability >= 90,
+        splits=splits,
+        block_k=128 if decode else 64,
+        shrink_warps=4,
+        shrink_stages=3 if decode else 4,
+        shrink_registers=224 if not decode else 96 if shape.shrink_rank <= 32 else 184,
+        tokens_at_once=8 if decode else 32,
+        block_o=128 if decode else 64,
+        expand_warps=4,
+        expand_registers=96 if decode else 128 if shape.expand_rank <= 16 else 168,
+    )
+
+
+def _power_of_two(number: int, most: int) -> int:
+    """The largest power of two up to ``number`` and ``most``, at least 1."""
+    return 1 << (max(1, min(number, most)).bit_length() - 1)
 
 
 def parse_configurations(text: str) -> Configurations:
     """Read the JSON text of a configuration file."""
     content = json.loads(text)
-    by_shape = {Shape(**row["shape"]): Configuration(**row["configuration"]) for row in content.pop("configurations")}
-    return Configurations(**content, by_shape=by_shape)
+    tuned = {Shape(**row["shape"]): Configuration(**row["configuration"]) for row in content.pop("configurations")}
+    return Configurations(**content, tuned=tuned)
 
 
 def format_configurations(configurations: Configurations) -> str:
     """The JSON text of a configuration file: one line a shape, sorted."""
-    content: dict[str, Any] = {name: value for name, value in vars(configurations).items() if name != "by_shape"}
-    head = json.dumps(content, indent=2).removesuffix("\n}")
+    content: dict[str, Any] = {"capability": configurations.capability, "origin": configurations.origin}
     rows = [
         "    " + json.dumps({"shape": asdict(shape), "configuration": asdict(configuration)})
         for shape, configuration in sorted(
-            configurations.by_shape.items(), key=lambda item: tuple(asdict(item[0]).values())
+            configurations.tuned.items(), key=lambda item: tuple(asdict(item[0]).values())
         )
     ]
+    head = json.dumps(content, indent=2).removesuffix("\n}")
     return head + ',\n  "configurations": [\n' + ",\n".join(rows) + "\n  ]\n}\n"
 
 
@@ -131,30 +172,17 @@ def _folder() -> Traversable:
 
 
 @cache
-def known_architectures() -> tuple[int, ...]:
-    """The compute capabilities with a file, such as 90 for sm_90, in order."""
-    names = [file.name for file in _folder().iterdir()]
-    return tuple(sorted(int(name[3:-5]) for name in names if name.startswith("sm_") and name.endswith(".json")))
+def load_configurations(capability: int, deterministic: bool = False) -> Configurations:
+    """Those of a compute capability: what was tuned on just this architecture, where there is a file."""
+    file = _folder().joinpath(f"sm_{capability}.json")
+    known = parse_configurations(file.read_text(encoding="utf-8")) if file.is_file() else Configurations(capability)
+    return Configurations(known.capability, known.origin, known.tuned, deterministic)
 
 
 @cache
-def load_configurations(capability: int) -> Configurations:
-    """The configurations of the newest known architecture that is no newer than compute capability ``capability``."""
-    older = [known for known in known_architectures() if known <= capability]
-    name = f"sm_{older[-1] if older else known_architectures()[0]}.json"
-    return parse_configurations(_folder().joinpath(name).read_text(encoding="utf-8"))
-
-
-@cache
-def device_configurations(device: torch.device) -> Configurations:
+def device_configurations(device: torch.device, deterministic: bool = False) -> Configurations:
     """The configurations for a GPU. On the CPU, where Triton interprets, those of the oldest architecture."""
     if device.type != "cuda":
-        return load_configurations(known_architectures()[0])
+        return load_configurations(ARCHITECTURES[0], deterministic)
     major, minor = torch.cuda.get_device_capability(device)
-    return load_configurations(10 * major + minor)
-
-
-@cache
-def choose_configuration(device: torch.device, shape: Shape) -> Configuration:
-    """The configuration for a launch of this shape."""
-    return device_configurations(device).nearest(shape)
+    return load_configurations(10 * major + minor, deterministic)

@@ -1,18 +1,18 @@
-"""Launchers of the Triton kernels: they check what they are given and choose the configuration.
+"""Launchers of the Triton kernels: they check what they are given and run the configuration that is chosen.
 
-Shape suffixes: T tokens, I inputs, O outputs, S slots, E elements of a slot, P partial sums, R columns of the shrink
-output. Importing this module imports Triton.
+Shape suffixes: T tokens, I inputs, O outputs, S slots, E elements of a slot, R columns of the shrink output, P partial
+sums. Importing this module imports Triton.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from bdlora_kernels.configurations import Configuration, Shape, choose_configuration
+from bdlora_kernels.configurations import Configuration, Configurations, Shape, device_configurations
 from bdlora_kernels.layout import LayerFactors
-from bdlora_kernels.tables import ExpandTable, SegmentTable, ShrinkTable, SliceTables
-from bdlora_kernels.triton_decode import fused_kernel
+from bdlora_kernels.tables import ExpandTable, SegmentTable, SliceTables
 from bdlora_kernels.triton_expand import expand_kernel
 from bdlora_kernels.triton_shrink import shrink_kernel
 
@@ -20,25 +20,49 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel: its grid, its arguments in order, and its constants and options."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    options: Mapping[str, Any]
+
+    def run(self) -> None:
+        self.kernel[self.grid](*self.arguments, **self.options)
+
+
+@dataclass(frozen=True)
 class Scratch:
     """Memory that all layers on a device share, one after the other.
 
-    ``h`` is float32 and holds the shrink output; every element that is read was written in the same launch. The
-    counters of the fused kernel are zero between launches.
+    Both are float32: ``h`` is the shrink output, ``partial`` holds the sums of the splits before they are added up.
+    Every element that is read was written by the same shrink.
     """
 
     h: torch.Tensor
-    counters_G: torch.Tensor
+    partial: torch.Tensor
 
     @classmethod
-    def allocate(cls, max_tokens: int, h_size: int, max_splits: int, device: torch.device) -> "Scratch":
-        """Room for batches of ``max_tokens`` tokens, ``h_size`` ranks each, in up to ``max_splits`` partial sums."""
-        h = torch.empty(max_splits * max_tokens * h_size, dtype=torch.float32, device=device)
-        return cls(h, torch.zeros(max_tokens, dtype=torch.int32, device=device))
+    def allocate(cls, max_tokens: int, h_size: int, max_partial_tokens: int, device: torch.device) -> "Scratch":
+        """Room for ``max_tokens`` tokens of ``h_size`` ranks; ``max_partial_tokens`` are tokens times splits."""
+        h, partial = (
+            torch.empty(tokens * h_size, dtype=torch.float32, device=device)
+            for tokens in (max_tokens, max_partial_tokens)
+        )
+        return cls(h, partial)
 
-    def h_PTR(self, splits: int, tokens: int, ranks: int) -> torch.Tensor:
+    @classmethod
+    def for_segments(
+        cls, segments: SegmentTable, configurations: Configurations, h_size: int, device: torch.device
+    ) -> "Scratch":
+        """Room for whatever batches ``segments`` hold, and whatever configurations are chosen for them."""
+        partial_tokens = configurations.max_partial_tokens(segments.max_tokens, segments.block_tokens)
+        return cls.allocate(segments.max_tokens, h_size, partial_tokens, device)
+
+    def h_TR(self, tokens: int, ranks: int) -> torch.Tensor:
         """The shrink output of one launch."""
-        return self.h[: splits * tokens * ranks].view(splits, tokens, ranks)
+        return self.h[: tokens * ranks].view(tokens, ranks)
 
 
 def add_lora_delta_triton(
@@ -52,20 +76,12 @@ def add_lora_delta_triton(
 ) -> None:
     """``y[t, outputs] += scaling * (x[t, inputs] @ A.T) @ B.T`` in place, for each token t and each slice of its slot.
 
-    One or two launches, whatever the batch; a captured launch serves every batch of at most as many tokens. Without
-    a ``configuration``, it is the one for this device and shape.
+    Two launches, whatever the batch; a captured launch serves every batch of at most as many tokens. Without a
+    ``configuration``, it is the one for this device and shape.
     """
-    tokens = x_TI.shape[0]
-    if tokens == 0:
-        return
-    if configuration is None:
-        configuration = configuration_for(x_TI, y_TO.shape[1], tables, segments)
-    h_PTR = scratch.h_PTR(configuration.splits, tokens, tables.h_size)
-    if configuration.fused:
-        _shrink_and_expand(y_TO, x_TI, h_PTR, factors, tables, segments, scratch.counters_G, configuration)
-    else:
-        shrink(h_PTR, x_TI, factors.a_SE, tables.shrink, segments, configuration)
-        expand(y_TO, h_PTR, factors.b_SE, tables.expand, segments, configuration)
+    forward_with_base(
+        lambda: y_TO, y_TO.shape[1], x_TI, factors, tables, segments, scratch, configuration, second_stream=None
+    )
 
 
 def forward_with_base(
@@ -79,7 +95,7 @@ def forward_with_base(
     configuration: Configuration | None = None,
     second_stream: torch.cuda.Stream | None = None,
 ) -> torch.Tensor:
-    """``base()``, a base layer's output of ``(T, outputs)``, with what `add_lora_delta_triton` adds.
+    """``base()``, a base layer's output of ``(T, outputs)``, with the delta of each token's slot added in place.
 
     With ``configuration.overlap`` the shrink runs on ``second_stream`` while ``base`` runs, and a captured graph has
     both branches. Without a second stream, as on a CPU, they run one after the other.
@@ -88,129 +104,131 @@ def forward_with_base(
     if tokens == 0:
         return base()
     if configuration is None:
-        configuration = configuration_for(x_TI, outputs, tables, segments)
+        shape = shape_of(x_TI, outputs, tables, segments)
+        configuration = device_configurations(x_TI.device).choose(shape)
+    h_TR = scratch.h_TR(tokens, tables.h_size)
+    first = shrink_launch(h_TR, x_TI, factors, tables, segments, scratch.partial, configuration)
     if not configuration.overlap:
         y_TO = base()
-        add_lora_delta_triton(y_TO, x_TI, factors, tables, segments, scratch, configuration)
-        return y_TO
-    h_PTR = scratch.h_PTR(configuration.splits, tokens, tables.h_size)
-    if second_stream is not None:
-        # x is there, and the last layer has read its h.
-        second_stream.wait_stream(torch.cuda.current_stream(x_TI.device))
-    with torch.cuda.stream(second_stream):
-        shrink(h_PTR, x_TI, factors.a_SE, tables.shrink, segments, configuration)
-    y_TO = base()
-    if second_stream is not None:
-        torch.cuda.current_stream(x_TI.device).wait_stream(second_stream)
-    expand(y_TO, h_PTR, factors.b_SE, tables.expand, segments, configuration)
+        first.run()
+    else:
+        if second_stream is not None:
+            # x is there, and the last layer has read its h.
+            second_stream.wait_stream(torch.cuda.current_stream(x_TI.device))
+        with torch.cuda.stream(second_stream):
+            first.run()
+        y_TO = base()
+        if second_stream is not None:
+            torch.cuda.current_stream(x_TI.device).wait_stream(second_stream)
+    expand_launch(y_TO, h_TR, factors.b_SE, tables.expand, segments, configuration).run()
     return y_TO
 
 
 def make_second_stream(device: torch.device) -> torch.cuda.Stream | None:
-    """A stream for `forward_with_base`, one for all layers of a device; None on a CPU."""
-    return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+    """A stream for `forward_with_base`, one for all layers of a device; None on a CPU.
+
+    It is ours alone: PyTorch hands the streams of its pool out again and again, the caller's own among them. Its
+    kernels go first where multiprocessors are short, as the base layer's product has more to do.
+    """
+    if device.type != "cuda":
+        return None
+    # torch requires it.
+    from cuda.bindings import runtime  # type: ignore[import-untyped, unused-ignore]
+
+    with torch.cuda.device(device):
+        error, _, first = runtime.cudaDeviceGetStreamPriorityRange()
+        if error == runtime.cudaError_t.cudaSuccess:
+            error, stream = runtime.cudaStreamCreateWithPriority(runtime.cudaStreamNonBlocking, first)
+    if error != runtime.cudaError_t.cudaSuccess:
+        raise RuntimeError(f"cudaStreamCreateWithPriority: found {error.name}, expected cudaSuccess")
+    return torch.cuda.ExternalStream(int(stream), device=device)  # type: ignore[no-untyped-call]
 
 
-def configuration_for(x_TI: torch.Tensor, outputs: int, tables: SliceTables, segments: SegmentTable) -> Configuration:
-    """The configuration of the device and the shape."""
-    shape = Shape(x_TI.shape[0], x_TI.shape[1], outputs, segments.block_tokens, tables.shrink.block_rank)
-    return choose_configuration(x_TI.device, shape)
+def shape_of(x_TI: torch.Tensor, outputs: int, tables: SliceTables, segments: SegmentTable) -> Shape:
+    """What a configuration is chosen by."""
+    tokens, inputs = x_TI.shape
+    return Shape(
+        tokens=tokens,
+        tiles=segments.max_tiles(tokens),
+        inputs=inputs,
+        outputs=outputs,
+        block_tokens=segments.block_tokens,
+        shrink_rank=tables.shrink.block_rank,
+        row_programs=tables.shrink.row_programs,
+        expand_rank=tables.expand.block_rank,
+    )
 
 
-def shrink(
-    h_PTR: torch.Tensor,
+def shrink_launch(
+    h_TR: torch.Tensor,
     x_TI: torch.Tensor,
-    a_SE: torch.Tensor,
-    table: ShrinkTable,
+    factors: LayerFactors,
+    tables: SliceTables,
     segments: SegmentTable,
+    partial: torch.Tensor,
     configuration: Configuration,
-) -> None:
-    """``h[:, t, rows] = x[t, inputs] @ A.T``, as P partial sums over the inputs; elements of no row are not touched."""
-    _check_shrink(h_PTR, x_TI, a_SE, table, segments)
-    grid = (segments.max_tiles(x_TI.shape[0]), table.row_programs, h_PTR.shape[0])
-    shrink_kernel[grid](
-        h_PTR, x_TI, a_SE, segments.tiles_GF, segments.tokens_T, table.entries_SEF,
-        x_TI.stride(0), a_SE.stride(0), h_PTR.stride(0), h_PTR.stride(1), table.entries_SEF.stride(0),
-        BLOCK_T=segments.block_tokens, BLOCK_K=configuration.block_k, BLOCK_R=table.block_rank, PDL=configuration.pdl,
-        num_warps=configuration.shrink_warps, num_stages=configuration.shrink_stages,
-        maxnreg=configuration.max_registers,
+) -> Launch:
+    """``h[t, rows] = x[t, inputs] @ A.T``; elements of no row are not touched."""
+    table, a_SE, b_SE = tables.shrink, factors.a_SE, factors.b_SE
+    tokens, splits = x_TI.shape[0], configuration.splits
+    _check(h_TR, x_TI, a_SE, table.entries_SEF, segments)
+    tiles = segments.max_tiles(tokens)
+    assert splits == 1 or splits * h_TR.numel() <= len(partial), (splits, h_TR.shape, partial.shape)
+    assert tiles * table.row_programs <= len(segments.counters), (tiles, table.row_programs, segments.counters.shape)
+    return Launch(
+        shrink_kernel,
+        (tiles, table.row_programs, splits),
+        (
+            h_TR, partial, segments.counters, x_TI, a_SE, b_SE, segments.tiles_GF, segments.tokens_T,
+            table.entries_SEF, tables.expand.entries_SEF,
+            x_TI.stride(0), a_SE.stride(0), b_SE.stride(0), h_TR.stride(0), h_TR.numel(),
+            table.entries_SEF.stride(0), tables.expand.entries_SEF.stride(0),
+        ),
+        {
+            "SPLITS": splits, "BLOCK_T": segments.block_tokens, "BLOCK_K": configuration.block_k,
+            "BLOCK_R": table.block_rank, "STAGES": configuration.shrink_stages,
+            "ENTRIES": tables.expand.first_entries, "PREFETCH": configuration.overlap, "PDL": configuration.pdl,
+            "num_warps": configuration.shrink_warps, "maxnreg": configuration.shrink_registers,
+        },
     )  # fmt: skip
 
 
-def expand(
+def expand_launch(
     y_TO: torch.Tensor,
-    h_PTR: torch.Tensor,
+    h_TR: torch.Tensor,
     b_SE: torch.Tensor,
     table: ExpandTable,
     segments: SegmentTable,
     configuration: Configuration,
-) -> None:
-    """``y[t, outputs] += scaling * h[:, t, columns].sum(0) @ B.T`` in place, for each slice of the token's slot.
+) -> Launch:
+    """``y[t, outputs] += scaling * h[t, columns] @ B.T`` in place, for each slice of the token's slot.
 
-    With ``configuration.pdl`` the kernel before it on the stream must be the `shrink` that wrote ``h_PTR``.
+    With ``configuration.pdl`` the kernel before it on the stream must be the shrink that wrote ``h_TR``.
     """
-    _check_expand(y_TO, h_PTR, b_SE, table, segments)
-    grid = (segments.max_tiles(y_TO.shape[0]), -(-y_TO.shape[1] // configuration.block_o))
-    expand_kernel[grid](
-        y_TO, h_PTR, b_SE, segments.tiles_GF, segments.tokens_T, table.entries_SEF,
-        y_TO.shape[1], y_TO.stride(0), b_SE.stride(0), h_PTR.stride(0), h_PTR.stride(1),
-        table.entries_SEF.stride(0),
-        SPLITS=h_PTR.shape[0], BLOCK_T=segments.block_tokens, BLOCK_O=configuration.block_o,
-        BLOCK_R=table.block_rank, PDL=configuration.pdl,
-        num_warps=configuration.expand_warps, maxnreg=configuration.max_registers,
-        **({"launch_pdl": True} if configuration.pdl else {}),
+    _check(h_TR, y_TO, b_SE, table.entries_SEF, segments)
+    tokens_at_once = min(configuration.tokens_at_once, segments.block_tokens)
+    return Launch(
+        expand_kernel,
+        (-(-y_TO.shape[1] // configuration.block_o), segments.max_tiles(y_TO.shape[0])),
+        (
+            y_TO, h_TR, b_SE, segments.tiles_GF, segments.tokens_T, table.entries_SEF,
+            y_TO.shape[1], y_TO.stride(0), b_SE.stride(0), h_TR.stride(0), table.entries_SEF.stride(0),
+        ),
+        {
+            "ENTRIES": table.first_entries, "WIDTH": table.width, "BLOCK_T": tokens_at_once,
+            "BLOCK_O": configuration.block_o, "BLOCK_R": table.block_rank, "PDL": configuration.pdl,
+            "num_warps": configuration.expand_warps, "maxnreg": configuration.expand_registers,
+            **({"launch_pdl": True} if configuration.pdl else {}),
+        },
     )  # fmt: skip
 
 
-def _shrink_and_expand(
-    y_TO: torch.Tensor,
-    x_TI: torch.Tensor,
-    h_PTR: torch.Tensor,
-    factors: LayerFactors,
-    tables: SliceTables,
-    segments: SegmentTable,
-    counters_G: torch.Tensor,
-    configuration: Configuration,
+def _check(
+    h_TR: torch.Tensor, rows: torch.Tensor, factors_SE: torch.Tensor, entries: torch.Tensor, segments: SegmentTable
 ) -> None:
-    _check_shrink(h_PTR, x_TI, factors.a_SE, tables.shrink, segments)
-    _check_expand(y_TO, h_PTR, factors.b_SE, tables.expand, segments)
-    tiles, outputs = segments.max_tiles(x_TI.shape[0]), y_TO.shape[1]
-    assert tiles <= len(counters_G), (tiles, counters_G.shape)
-    programs = tiles * (tables.shrink.row_programs * configuration.splits + -(-outputs // configuration.block_o))
-    fused_kernel[(programs,)](
-        y_TO, h_PTR, x_TI, factors.a_SE, factors.b_SE, segments.tiles_GF, segments.tokens_T,
-        tables.shrink.entries_SEF, tables.expand.entries_SEF, counters_G,
-        tiles, tables.shrink.row_programs, outputs,
-        y_TO.stride(0), x_TI.stride(0), factors.a_SE.stride(0), factors.b_SE.stride(0), h_PTR.stride(0),
-        h_PTR.stride(1), tables.shrink.entries_SEF.stride(0), tables.expand.entries_SEF.stride(0),
-        SPLITS=configuration.splits, BLOCK_T=segments.block_tokens, BLOCK_K=configuration.block_k,
-        SHRINK_BLOCK_R=tables.shrink.block_rank, BLOCK_O=configuration.block_o,
-        EXPAND_BLOCK_R=tables.expand.block_rank,
-        num_warps=configuration.shrink_warps, num_stages=configuration.shrink_stages,
-        maxnreg=configuration.max_registers,
-    )  # fmt: skip
-
-
-def _check_shrink(
-    h_PTR: torch.Tensor, x_TI: torch.Tensor, a_SE: torch.Tensor, table: ShrinkTable, segments: SegmentTable
-) -> None:
-    _check_h(h_PTR, x_TI, segments)
-    assert x_TI.dtype == a_SE.dtype and x_TI.dtype in _DTYPES, (x_TI.dtype, a_SE.dtype)
-    assert x_TI.stride(1) == 1 and a_SE.stride(1) == 1, (x_TI.stride(), a_SE.stride())
-    assert len(a_SE) == len(table.entries_SEF), (a_SE.shape, table.entries_SEF.shape)
-    assert x_TI.device == a_SE.device == table.entries_SEF.device == segments.tiles_GF.device == h_PTR.device
-
-
-def _check_expand(
-    y_TO: torch.Tensor, h_PTR: torch.Tensor, b_SE: torch.Tensor, table: ExpandTable, segments: SegmentTable
-) -> None:
-    _check_h(h_PTR, y_TO, segments)
-    assert y_TO.dtype == b_SE.dtype and y_TO.dtype in _DTYPES, (y_TO.dtype, b_SE.dtype)
-    assert y_TO.stride(1) == 1 and b_SE.stride(1) == 1, (y_TO.stride(), b_SE.stride())
-    assert len(b_SE) == len(table.entries_SEF), (b_SE.shape, table.entries_SEF.shape)
-    assert y_TO.device == b_SE.device == table.entries_SEF.device == segments.tiles_GF.device == h_PTR.device
-
-
-def _check_h(h_PTR: torch.Tensor, rows: torch.Tensor, segments: SegmentTable) -> None:
-    assert h_PTR.dtype == torch.float32 and h_PTR.is_contiguous(), (h_PTR.dtype, h_PTR.stride())
-    assert h_PTR.shape[1] == rows.shape[0] <= segments.max_tokens, (h_PTR.shape, rows.shape, segments.max_tokens)
+    assert h_TR.dtype == torch.float32 and h_TR.is_contiguous(), (h_TR.dtype, h_TR.stride())
+    assert h_TR.shape[0] == rows.shape[0] <= segments.max_tokens, (h_TR.shape, rows.shape, segments.max_tokens)
+    assert rows.dtype == factors_SE.dtype and rows.dtype in _DTYPES, (rows.dtype, factors_SE.dtype)
+    assert rows.stride(1) == 1 and factors_SE.stride(1) == 1, (rows.stride(), factors_SE.stride())
+    assert len(factors_SE) == len(entries), (factors_SE.shape, entries.shape)
+    assert rows.device == factors_SE.device == entries.device == segments.tiles_GF.device == h_TR.device

@@ -21,6 +21,12 @@ ENTRY_FIELDS = 8
 _FIELD_BYTES = 4
 # Ranks that one program multiplies at a time: a tensor core takes 16; beyond 32 the expand runs out of registers.
 _MIN_BLOCK, _MAX_SHRINK_BLOCK, _MAX_EXPAND_BLOCK = 16, 64, 32
+# Elements of one 16-byte load in 16-bit types.
+_WIDEST = 8
+# Programs of the shrink that share a tile's rows of A, at most: so many counters a tile.
+_MAX_ROW_PROGRAMS = 16
+# q, k and v are three.
+_FIRST_ENTRIES = 4
 
 
 @dataclass(frozen=True)
@@ -88,17 +94,22 @@ def expand_slices(slices: Sequence[Slice]) -> list[ExpandSlice]:
 
 
 class _SlotTable:
-    """Entries of ENTRY_FIELDS integers for each slot, behind a header whose first field is their number."""
+    """Entries of ENTRY_FIELDS integers for each slot, behind a header.
+
+    The header's fields are the number of entries, and of the slot's B for this layer the first element and how many.
+    """
 
     def __init__(self, entries_SEF: torch.Tensor, block_rank: int) -> None:
         """On entries that may be a view of a larger table."""
         self.entries_SEF, self.block_rank = entries_SEF, block_rank
         self.capacity = entries_SEF.shape[1] - 1
 
-    def _pack_into(self, buffer: bytearray, first: int, entries: Sequence[tuple[int, ...]]) -> None:
+    def _pack_into(
+        self, buffer: bytearray, first: int, entries: Sequence[tuple[int, ...]], b: tuple[int, int] = (0, 0)
+    ) -> None:
         if len(entries) > self.capacity:
             raise ValueError(f"found {len(entries)} entries, expected at most {self.capacity}")
-        for index, fields in enumerate([(len(entries),), *entries], first):
+        for index, fields in enumerate([(len(entries), *b), *entries], first):
             struct.pack_into(f"={len(fields)}i", buffer, index * ENTRY_FIELDS * _FIELD_BYTES, *fields)
 
 
@@ -111,16 +122,31 @@ class ShrinkTable(_SlotTable):
 
         More blocks read less each (the blocks of an adapter with more blocks than ranks): a program does several.
         """
-        return -(-self.capacity // self.block_rank)
+        return min(-(-self.capacity // self.block_rank), _MAX_ROW_PROGRAMS)
 
-    def pack_into(self, buffer: bytearray, first: int, groups: Sequence[ShrinkGroup]) -> None:
-        """Write the entries of one slot; raises ValueError beyond the table's capacity."""
+    def pack_into(
+        self, buffer: bytearray, first: int, groups: Sequence[ShrinkGroup], b: tuple[int, int] = (0, 0)
+    ) -> None:
+        """Write the entries of one slot; raises ValueError beyond the table's capacity.
+
+        ``b`` says which elements of the slot the shrink may bring to the cache for the expand: the first, and how many.
+        """
         blocks = [block for group in groups for block in group.blocks(self.block_rank)]
-        self._pack_into(buffer, first, [(b.input_start, b.input_size, b.rank, b.a_offset, b.h_start) for b in blocks])
+        fields = [(it.input_start, it.input_size, it.rank, it.a_offset, it.h_start) for it in blocks]
+        self._pack_into(buffer, first, fields, b)
 
 
 class ExpandTable(_SlotTable):
-    """For each slot, its slices, whose columns are multiplied ``block_rank`` at a time."""
+    """For each slot, its slices, whose columns are multiplied ``block_rank`` at a time.
+
+    Rows of B are loaded ``width`` elements at a time where it divides the rank; slices of an odd rank are slower.
+    """
+
+    def __init__(self, entries_SEF: torch.Tensor, usual_rank: int) -> None:
+        super().__init__(entries_SEF, _block_rank(usual_rank, _MAX_EXPAND_BLOCK))
+        self.width = min(1 << (usual_rank - 1).bit_length(), _WIDEST)
+        # Entries that a program looks at together, all of which are there: a power of two.
+        self.first_entries = min(1 << (self.capacity.bit_length() - 1), _FIRST_ENTRIES)
 
     def pack_into(self, buffer: bytearray, first: int, slices: Sequence[ExpandSlice]) -> None:
         """Write the entries of one slot; raises ValueError beyond the table's capacity."""
@@ -160,7 +186,7 @@ class SliceTables:
         """
         shrink_SEF, expand_SEF = entries_SEF[:, : 1 + h_size], entries_SEF[:, 1 + h_size :]
         shrink = ShrinkTable(shrink_SEF, _block_rank(usual_ranks or h_size, _MAX_SHRINK_BLOCK))
-        return cls(shrink, ExpandTable(expand_SEF, _block_rank(usual_rank, _MAX_EXPAND_BLOCK)), h_size)
+        return cls(shrink, ExpandTable(expand_SEF, usual_rank), h_size)
 
     @classmethod
     def allocate(cls, num_slots: int, usual_rank: int, h_size: int, device: torch.device) -> "SliceTables":
@@ -177,7 +203,9 @@ class SliceTables:
         total = sum(part.rank for part in slices)
         if total > self.h_size:
             raise ValueError(f"found {total} ranks together, expected at most {self.h_size}")
-        self.shrink.pack_into(buffer, first, shrink_groups(slices))
+        b_first = min((part.b_offset for part in slices), default=0)
+        b_stop = max((part.b_offset + part.output_size * part.rank for part in slices), default=0)
+        self.shrink.pack_into(buffer, first, shrink_groups(slices), (b_first, b_stop - b_first))
         self.expand.pack_into(buffer, first + 1 + self.h_size, expand_slices(slices))
 
     def write(self, slot: int, slices: Sequence[Slice]) -> None:
@@ -194,16 +222,20 @@ class SegmentTable:
     """The tokens of a batch, sorted by slot and cut into tiles of at most ``block_tokens`` tokens of one slot.
 
     Unused tiles have no tokens: their programs exit at once, so a launch may cover more tiles than there are.
+    ``counters`` are the shrink's: each launch leaves them zero, and so does each batch, should a launch be aborted.
     """
 
     def __init__(self, max_tokens: int, max_segments: int, block_tokens: int, device: torch.device) -> None:
         """Room for ``max_tokens`` tokens of up to ``max_segments`` slots."""
         self.max_tokens, self.max_segments, self.block_tokens = max_tokens, max_segments, block_tokens
-        self._tile_elements = self.max_tiles(max_tokens) * TILE_FIELDS
-        # Tiles and tokens in one buffer: one copy a batch.
-        self._buffer = torch.zeros(self._tile_elements + max_tokens, dtype=torch.int32, device=device)
-        self.tiles_GF = self._buffer[: self._tile_elements].view(-1, TILE_FIELDS)
-        self.tokens_T = self._buffer[self._tile_elements :]
+        tiles = self.max_tiles(max_tokens)
+        self._tile_start = tiles * _MAX_ROW_PROGRAMS
+        self._token_start = self._tile_start + tiles * TILE_FIELDS
+        # Counters, tiles and tokens in one buffer: one copy a batch. Each part starts at 16 bytes.
+        self._buffer = torch.zeros(self._token_start + max_tokens, dtype=torch.int32, device=device)
+        self.counters = self._buffer[: self._tile_start]
+        self.tiles_GF = self._buffer[self._tile_start : self._token_start].view(-1, TILE_FIELDS)
+        self.tokens_T = self._buffer[self._token_start :]
 
     def max_tiles(self, num_tokens: int) -> int:
         """The most tiles that ``num_tokens`` tokens can fall into: each slot's last tile may be partly filled."""
@@ -230,11 +262,11 @@ class SegmentTable:
         start = 0
         for slot, count in segments:
             for first in range(0, count, self.block_tokens):
-                tiles += (slot, start + first, min(self.block_tokens, count - first), 0)
+                tiles += (slot, start + first, min(self.block_tokens, count - first), int(first == 0))
             start += count
-        staged = torch.zeros(self._tile_elements + len(order_T), dtype=torch.int32)
-        staged[: len(tiles)] = torch.tensor(tiles, dtype=torch.int32)
-        staged[self._tile_elements :] = order_T
+        staged = torch.zeros(self._token_start + len(order_T), dtype=torch.int32)
+        staged[self._tile_start : self._tile_start + len(tiles)] = torch.tensor(tiles, dtype=torch.int32)
+        staged[self._token_start :] = order_T
         copy_to_device(self._buffer[: len(staged)], staged)
 
 

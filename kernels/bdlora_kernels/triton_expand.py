@@ -7,29 +7,49 @@ import triton
 import triton.language as tl
 
 from bdlora_kernels import tables
-from bdlora_kernels.triton_shrink import load_tile, slot_entries
+from bdlora_kernels.triton_shrink import load_tile
 
 _ENTRY_FIELDS = tl.constexpr(tables.ENTRY_FIELDS)
-# Elements of one 16-byte load in 16-bit types.
-_WIDE = tl.constexpr(8)
+# Columns of B that are summed up on their own where loads cannot be wide.
+_COLUMNS = tl.constexpr(16)
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def wait_for_shrink(waited, counter_ptr, shrink_programs, WAIT: tl.constexpr):
-    """Return 1 when ``h`` may be read: at once ("none"), after the kernel before ("kernel"), or when the low half of
-    the counter says that so many programs of this launch have written it ("counter")."""
-    if WAIT == "kernel":
-        tl.extra.cuda.gdc_wait()
-    if WAIT == "counter":  # noqa: SIM102 - this is decided by the compiler, the next one when it runs
-        if waited == 0:
-            while (tl.atomic_add(counter_ptr, 0, sem="acquire") & 0xFFFF) < shrink_programs:
-                pass
-    return 1
+def _multiply(b_OR, h_RT, delta_OT):
+    """``delta + b @ h`` on tensor cores, with a float32 h as exact as two 16-bit products make it.
+
+    h goes in as the nearest number of B's type, and as the nearest to the rest: one number alone would cost half a
+    rounding of the result, and TF32 operands are cut off, not rounded, by the hardware.
+    """
+    element: tl.constexpr = b_OR.dtype
+    if element == tl.float32:
+        delta_OT = tl.dot(b_OR, h_RT, delta_OT, input_precision="ieee")
+    elif element == tl.float16:
+        # float16 has no exponents to spare: bring each token's largest element to between 1 and 2, exactly.
+        largest_T = tl.max(tl.abs(h_RT), axis=0)
+        exponent_T = largest_T.to(tl.int32, bitcast=True) & 0x7F800000
+        unit_T = exponent_T.to(tl.float32, bitcast=True)
+        inverse_T = ((254 << 23) - exponent_T).to(tl.float32, bitcast=True)
+        h_RT *= inverse_T[None, :]
+        high_RT = h_RT.to(element)
+        low_RT = (h_RT - high_RT.to(tl.float32)).to(element)
+        product_OT = tl.dot(b_OR, low_RT)
+        delta_OT += unit_T[None, :] * tl.dot(b_OR, high_RT, product_OT)
+    else:
+        high_RT = h_RT.to(element)
+        low_RT = (h_RT - high_RT.to(tl.float32)).to(element)
+        if _INTERPRETED:
+            # The interpreter would multiply the integers that bfloat16 is stored in.
+            high_RT, low_RT, b_OR = high_RT.to(tl.float32), low_RT.to(tl.float32), b_OR.to(tl.float32)
+        delta_OT = tl.dot(b_OR, low_RT, delta_OT)
+        delta_OT = tl.dot(b_OR, high_RT, delta_OT)
+    return delta_OT
 
 
 @triton.jit
 def _add_slice(
-    delta_TO,
+    delta_OT,
     h_ptr,
     h_T,  # where the tokens' rows are, at the slice's first column
     b_ptr,  # the slice's
@@ -38,98 +58,37 @@ def _add_slice(
     output_size,
     rank,
     b_row_size,
-    h_split_stride,
     scaling,
-    waited,
-    counter_ptr,
-    shrink_programs,
-    SPLITS: tl.constexpr,
     WIDTH: tl.constexpr,
-    BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    WAIT: tl.constexpr,
 ):
-    """``delta += scaling * h @ B.T``; ``WIDTH`` divides B's rank and row size, and the compiler sees it."""
+    """``delta += scaling * B @ h.T``; ``WIDTH`` divides B's rank and row size, and the compiler sees it."""
     rank = rank // WIDTH * WIDTH
     b_O = b_ptr + o_O * (b_row_size // WIDTH * WIDTH)
     inside_O = (o_O >= 0) & (o_O < output_size)
     for start in tl.range(0, rank, BLOCK_R, num_stages=1):
         r_R = start + tl.arange(0, BLOCK_R)
-        b_RO = tl.load(b_O[None, :] + r_R[:, None], mask=(r_R < rank)[:, None] & inside_O[None, :], other=0.0)
-        # B is on its way while we wait.
-        waited = wait_for_shrink(waited, counter_ptr, shrink_programs, WAIT)
-        h_TR = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
-        for split in tl.static_range(SPLITS):
-            h_ptrs = (h_ptr + split * h_split_stride) + (h_T[:, None] + r_R[None, :])
-            # From the second-level cache: another multiprocessor wrote it.
-            h_TR += tl.load(h_ptrs, mask=in_tile_T[:, None] & (r_R < rank)[None, :], other=0.0, cache_modifier=".cg")
-        # TF32 holds a 16-bit B exactly, and keeps more of h than 16 bits would.
-        PRECISION: tl.constexpr = "ieee" if b_ptr.dtype.element_ty == tl.float32 else "tf32"
-        delta_TO = tl.dot(h_TR * scaling, b_RO.to(tl.float32), delta_TO, input_precision=PRECISION)
-    return delta_TO, waited
+        b_OR = tl.load(b_O[:, None] + r_R[None, :], mask=inside_O[:, None] & (r_R < rank)[None, :], other=0.0)
+        # From the second-level cache: another multiprocessor wrote it.
+        h_ptrs = h_ptr + h_T[None, :] + r_R[:, None]
+        h_RT = tl.load(h_ptrs, mask=(r_R < rank)[:, None] & in_tile_T[None, :], other=0.0, cache_modifier=".cg")
+        delta_OT = _multiply(b_OR, h_RT * scaling, delta_OT)
+    return delta_OT
 
 
 @triton.jit
-def expand_tile(
-    y_ptr,
-    h_ptr,
-    b_ptr,
-    tokens_ptr,
-    entries_ptr,
-    slot,
-    start,
-    count,
-    block,
-    outputs,
-    y_stride,
-    b_stride,
-    h_split_stride,
-    h_stride,
-    entries_stride,
-    counter_ptr,
-    shrink_programs,
-    SPLITS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    WAIT: tl.constexpr,
-):
-    """What one program does: block ``block`` of the outputs, with each slice of the slot that writes there."""
-    num_slices, entry_ptr = slot_entries(entries_ptr, slot, entries_stride)
-    if num_slices > 0:
-        position_T = tl.arange(0, BLOCK_T)
-        in_tile_T = position_T < count
-        token_T = tl.load(tokens_ptr + start + position_T, mask=in_tile_T, other=0)
-        first = block * BLOCK_O
-        o_O = first + tl.arange(0, BLOCK_O)
-        y_ptrs = y_ptr + token_T.to(tl.int64)[:, None] * y_stride + o_O[None, :]
-        y_mask = in_tile_T[:, None] & (o_O < outputs)[None, :]
-        y_TO = tl.load(y_ptrs, mask=y_mask, other=0.0)
-        delta_TO = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
-        touched = 0
-        waited = 0
-        for _ in range(num_slices):
-            output_start, output_size = tl.load(entry_ptr), tl.load(entry_ptr + 1)
-            if (output_start < first + BLOCK_O) & (output_start + output_size > first):
-                touched = 1
-                rank, b_row_size = tl.load(entry_ptr + 2), tl.load(entry_ptr + 3)
-                b_offset, h_start = tl.load(entry_ptr + 4), tl.load(entry_ptr + 5)
-                scaling = tl.load(entry_ptr + 6).to(tl.float32, bitcast=True)
-                slice_b_ptr = b_ptr + slot.to(tl.int64) * b_stride
-                h_T = token_T * h_stride + h_start
-                if (rank | b_row_size | b_offset) % _WIDE == 0:
-                    delta_TO, waited = _add_slice(
-                        delta_TO, h_ptr, h_T, slice_b_ptr + b_offset // _WIDE * _WIDE, in_tile_T, o_O - output_start,
-                        output_size, rank, b_row_size, h_split_stride, scaling, waited, counter_ptr, shrink_programs,
-                        SPLITS, _WIDE, BLOCK_T, BLOCK_R, WAIT)  # fmt: skip
-                else:
-                    delta_TO, waited = _add_slice(
-                        delta_TO, h_ptr, h_T, slice_b_ptr + b_offset, in_tile_T, o_O - output_start,
-                        output_size, rank, b_row_size, h_split_stride, scaling, waited, counter_ptr, shrink_programs,
-                        SPLITS, 1, BLOCK_T, BLOCK_R, WAIT)  # fmt: skip
-            entry_ptr += _ENTRY_FIELDS
-        if touched == 1:
-            tl.store(y_ptrs, (y_TO.to(tl.float32) + delta_TO).to(y_ptr.dtype.element_ty), mask=y_mask)
+def _add_odd_slice(delta_OT, h_ptr, h_T, b_ptr, in_tile_T, o_O, output_size, rank, b_row_size, scaling):
+    """The same for any rank, a column of B after the other: slow and small. A few columns are summed on their own, so
+    that a large rank's sum does not lose more than the tensor cores' does."""
+    inside_O = (o_O >= 0) & (o_O < output_size)
+    for start in tl.range(0, rank, _COLUMNS, num_stages=1):
+        sum_OT = tl.zeros_like(delta_OT)
+        for column in tl.range(start, tl.minimum(start + _COLUMNS, rank), num_stages=1):
+            b_O = tl.load(b_ptr + o_O * b_row_size + column, mask=inside_O, other=0.0).to(tl.float32)
+            column_T = tl.load(h_ptr + h_T + column, mask=in_tile_T, other=0.0, cache_modifier=".cg")
+            sum_OT += b_O[:, None] * (column_T * scaling)[None, :]
+        delta_OT += sum_OT
+    return delta_OT
 
 
 @triton.jit
@@ -143,27 +102,63 @@ def expand_kernel(
     outputs,
     y_stride,
     b_stride,
-    h_split_stride,
     h_stride,
     entries_stride,
-    SPLITS: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_R: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """``y[t, output_start + o] += sum(scaling * sum(h[p, t, h_start + r] for p) * B[o, r] for r)``
+    """``y[t, output_start + o] += sum(scaling * h[t, h_start + r] * B[o, r] for r)``
 
     for each token t in a tile and each entry ``(output_start, output_size, rank, b_row_size, b_offset, h_start,
     scaling)`` of its slot, with ``B[o, r] = b[slot, b_offset + o * b_row_size + r]``. Slices that write the same output
-    are added in float32, and y is rounded once. Grid: (tiles, blocks of outputs).
+    are added in float32, and y is rounded once. ``BLOCK_T`` tokens of a tile are done at a time: outputs are the rows
+    of the product, so that 8 tokens fill a tensor core. Grid: (blocks of outputs, tiles).
     """
-    slot, start, count = load_tile(tiles_ptr, tl.program_id(0))
-    if count > 0:
-        WAIT: tl.constexpr = "kernel" if PDL else "none"
-        expand_tile(y_ptr, h_ptr, b_ptr, tokens_ptr, entries_ptr, slot, start, count, tl.program_id(1), outputs,
-                    y_stride, b_stride, h_split_stride, h_stride, entries_stride, tiles_ptr, 0,
-                    SPLITS, BLOCK_T, BLOCK_O, BLOCK_R, WAIT)  # fmt: skip
+    block = tl.program_id(0)
+    slot, start, count, _ = load_tile(tiles_ptr, tl.program_id(1))
     if PDL:
-        # Also where there was nothing to add: what runs after this kernel takes the shrink to be over.
         tl.extra.cuda.gdc_wait()
+    if count > 0:
+        header_ptr = entries_ptr + slot * entries_stride
+        num_slices, entry_ptr = tl.load(header_ptr), header_ptr + _ENTRY_FIELDS
+        first_output = block * BLOCK_O
+        o_O = first_output + tl.arange(0, BLOCK_O)
+        # The first entry that writes here, by one step of loads; what the others hold is then in the first-level cache.
+        e_E = tl.arange(0, ENTRIES)
+        start_E = tl.load(entry_ptr + e_E * _ENTRY_FIELDS)
+        size_E = tl.load(entry_ptr + e_E * _ENTRY_FIELDS + 1)
+        writes_E = (start_E < first_output + BLOCK_O) & (start_E + size_E > first_output)
+        first_slice = tl.min(tl.where(writes_E, e_E, ENTRIES))
+        slot_b_ptr = b_ptr + slot.to(tl.int64) * b_stride
+        for first_token in tl.range(0, count, BLOCK_T, num_stages=1):
+            position_T = first_token + tl.arange(0, BLOCK_T)
+            in_tile_T = position_T < count
+            token_T = tl.load(tokens_ptr + start + position_T, mask=in_tile_T, other=0)
+            y_ptrs = y_ptr + token_T.to(tl.int64)[None, :] * y_stride + o_O[:, None]
+            y_mask = (o_O < outputs)[:, None] & in_tile_T[None, :]
+            y_OT = tl.load(y_ptrs, mask=y_mask, other=0.0)
+            delta_OT = tl.zeros((BLOCK_O, BLOCK_T), tl.float32)
+            touched = 0
+            for index in range(first_slice, num_slices):
+                slice_ptr = entry_ptr + index * _ENTRY_FIELDS
+                output_start, output_size = tl.load(slice_ptr), tl.load(slice_ptr + 1)
+                rank, b_row_size = tl.load(slice_ptr + 2), tl.load(slice_ptr + 3)
+                b_offset, h_start = tl.load(slice_ptr + 4), tl.load(slice_ptr + 5)
+                scaling = tl.load(slice_ptr + 6).to(tl.float32, bitcast=True)
+                if (output_start < first_output + BLOCK_O) & (output_start + output_size > first_output):
+                    touched = 1
+                    h_T = token_T * h_stride + h_start
+                    if (rank | b_row_size | b_offset) % WIDTH == 0:
+                        slice_b_ptr = slot_b_ptr + b_offset // WIDTH * WIDTH
+                        delta_OT = _add_slice(delta_OT, h_ptr, h_T, slice_b_ptr, in_tile_T, o_O - output_start,
+                                              output_size, rank, b_row_size, scaling, WIDTH, BLOCK_R)  # fmt: skip
+                    else:
+                        delta_OT = _add_odd_slice(delta_OT, h_ptr, h_T, slot_b_ptr + b_offset, in_tile_T,
+                                                  o_O - output_start, output_size, rank, b_row_size,
+                                                  scaling)  # fmt: skip
+            if touched == 1:
+                tl.store(y_ptrs, (y_OT.to(tl.float32) + delta_OT).to(y_ptr.dtype.element_ty), mask=y_mask)

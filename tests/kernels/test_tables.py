@@ -7,11 +7,11 @@ import torch
 
 from bdlora_kernels import Slice
 from bdlora_kernels.configurations import (
+    Configurations,
     Shape,
-    choose_configuration,
+    by_formula,
+    device_configurations,
     format_configurations,
-    known_architectures,
-    load_configurations,
     parse_configurations,
 )
 from bdlora_kernels.tables import ExpandSlice, SegmentTable, ShrinkGroup, SliceTables, expand_slices, shrink_groups
@@ -39,7 +39,7 @@ def test_entries() -> None:
     tables = SliceTables.allocate(num_slots=2, usual_rank=20, h_size=28, device=CPU)
     tables.write(1, SLICES)
     assert tables.shrink.block_rank == 32 and tables.expand.block_rank == 32
-    assert tables.shrink.entries_SEF[1, :3, :5].tolist() == [[2, 0, 0, 0, 0], [0, 64, 23, 0, 0], [8, 40, 5, 1472, 23]]
+    assert tables.shrink.entries_SEF[1, :3, :5].tolist() == [[2, 0, 704, 0, 0], [0, 64, 23, 0, 0], [8, 40, 5, 1472, 23]]
     assert tables.expand.entries_SEF[1, :4, :6].tolist() == [
         [3, 0, 0, 0, 0, 0], [0, 32, 20, 20, 0, 0], [32, 8, 3, 3, 640, 20], [40, 8, 5, 5, 664, 23]
     ]  # fmt: skip
@@ -73,7 +73,7 @@ def test_tiles() -> None:
     table = SegmentTable(max_tokens=12, max_segments=2, block_tokens=4, device=CPU)
     assert table.max_tiles(12) == 4
     table.fill(slots=[5, -1, 2, 5], lengths=[3, 2, 1, 4])
-    assert table.tiles_GF.tolist() == [[2, 0, 1, 0], [5, 1, 4, 0], [5, 5, 3, 0], [0, 0, 0, 0]]
+    assert table.tiles_GF.tolist() == [[2, 0, 1, 1], [5, 1, 4, 1], [5, 5, 3, 0], [0, 0, 0, 0]]
     assert table.tokens_T[:8].tolist() == [5, 0, 1, 2, 6, 7, 8, 9]
     table.fill([-1], [9])
     assert not table.tiles_GF.any()
@@ -96,49 +96,66 @@ def test_no_batch_has_more_tiles(tokens: int) -> None:
 
 
 def test_configuration_files_are_written_as_they_are_read() -> None:
-    assert known_architectures() == (80, 90, 100)
-    for capability in known_architectures():
-        configurations = load_configurations(capability)
-        assert parse_configurations(format_configurations(configurations)) == configurations
-        blocks = {shape.blocks for shape in configurations.by_shape}
-        assert blocks == {(tokens, rank) for tokens in (16, 64) for rank in (16, 32, 64)}
-        assert [configurations.block_tokens(tokens) for tokens in (1, 256, 257)] == [16, 16, 64]
+    shape = Shape(64, 35, 1024, 8192, 16, 16, 1, 16)
+    tuned = Configurations(90, "tuned by hand", {shape: replace(by_formula(shape, 90), splits=1)})
+    assert parse_configurations(format_configurations(tuned)) == tuned
 
 
-@pytest.mark.parametrize(("capability", "found"), [(75, 80), (80, 80), (89, 80), (90, 90), (103, 100), (120, 100)])
-def test_a_gpu_takes_the_newest_configurations_that_are_no_newer(capability: int, found: int) -> None:
-    assert load_configurations(capability).architecture == f"sm_{found}"
+@pytest.mark.parametrize(
+    ("shape", "capability", "splits", "overlap", "pdl"),
+    [
+        # Splits of at least 512 inputs, and about 512 programs.
+        (Shape(1, 1, 8192, 1280, 16, 32, 1, 16), 90, 16, True, False),
+        (Shape(1, 1, 1024, 8192, 16, 16, 1, 16), 90, 2, True, False),
+        (Shape(1, 1, 3584, 8192, 16, 16, 1, 16), 90, 4, True, False),
+        (Shape(256, 47, 8192, 1280, 16, 32, 1, 16), 90, 8, True, False),
+        (Shape(256, 47, 8192, 1280, 16, 64, 3, 32), 90, 2, True, False),
+        (Shape(1, 1, 500, 8192, 16, 16, 1, 16), 90, 1, True, False),
+        (Shape(2048, 71, 8192, 1280, 32, 32, 1, 16), 90, 4, False, True),
+        (Shape(8192, 263, 8192, 1280, 32, 32, 1, 16), 100, 1, False, True),
+        (Shape(8192, 263, 8192, 1280, 32, 32, 1, 16), 80, 1, False, False),
+    ],
+)
+def test_formula(shape: Shape, capability: int, splits: int, overlap: bool, pdl: bool) -> None:
+    found = by_formula(shape, capability)
+    assert (found.splits, found.overlap, found.pdl) == (splits, overlap, pdl)
 
 
-@pytest.mark.parametrize("other", ["fused", "pdl"])
-def test_overlap_alone(other: str) -> None:
-    (first, *_) = load_configurations(90).by_shape.values()
-    overlapping = first.overlapping()
-    assert overlapping.overlap and not overlapping.fused and not overlapping.pdl
-    with pytest.raises(ValueError, match=f"found overlap with .*{other}=True"):
-        replace(overlapping, **{other: True})
+def test_overlap_without_pdl() -> None:
+    with pytest.raises(ValueError, match="found overlap with pdl"):
+        replace(by_formula(Shape(1, 1, 1024, 8192, 16, 16, 1, 16), 90), pdl=True)
 
 
-def test_nearest_configuration() -> None:
-    known = load_configurations(90)
-    (first, *_) = known.by_shape.values()
-    marked = {
-        Shape(16, 1024, 8192, 16, 16): replace(first, splits=1),
-        Shape(16, 8192, 1280, 16, 16): replace(first, splits=2),
-        Shape(256, 1024, 8192, 16, 16): replace(first, splits=3),
-        Shape(16, 1024, 8192, 16, 32): replace(first, splits=4),
-        Shape(1024, 1024, 8192, 64, 16): replace(first, splits=5),
-    }
-    configurations = replace(known, by_shape=marked)
-    asked = {
-        Shape(16, 8192, 1280, 16, 16): 2,
-        Shape(1, 4096, 6144, 16, 16): 1,  # 2 + 0.4 doublings from the first, 1 + 2.3 from the second
-        Shape(65, 1024, 8192, 16, 16): 3,
-        Shape(16, 8192, 1280, 16, 32): 4,
-        Shape(16, 1024, 8192, 64, 16): 5,  # tiles of a prefill, though the batch is small
-    }
-    assert {shape: configurations.nearest(shape).splits for shape in asked} == asked
+def test_a_tuned_configuration_where_one_is_near() -> None:
+    shape = Shape(64, 35, 1024, 8192, 16, 16, 1, 16)
+    tuned = replace(by_formula(shape, 90), splits=1, block_o=64)
+    known = Configurations(90, tuned={shape: tuned})
+    assert known.choose(replace(shape, tokens=100, tiles=38)) == tuned
+    for other in (replace(shape, tokens=128), replace(shape, expand_rank=32), replace(shape, block_tokens=32)):
+        assert known.choose(other) == by_formula(other, 90)
+    # Where a token must not feel its batch, what was tuned for some sizes of batches is of no use.
+    assert replace(known, deterministic=True).choose(shape) == by_formula(shape, 90, deterministic=True)
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["usual", "deterministic"])
+@pytest.mark.parametrize("decode", [False, True], ids=["prefill", "decode"])
+def test_scratch_has_room_for_every_batch(decode: bool, deterministic: bool) -> None:
+    known = Configurations(90, deterministic=deterministic)
+    block = known.block_tokens(decode)
+    for inputs in (512, 1024, 3584, 8192, 28672):
+        room = known.max_partial_tokens(16384, block)
+        for tokens in (1, 2, 100, 256, 1000, 8000, 16384):
+            for tiles in (-(-tokens // block), min(tokens, -(-tokens // block) + 31)):
+                splits = known.choose(Shape(tokens, tiles, inputs, 8192, block, 16, 1, 16)).splits
+                assert splits == 1 or splits * tokens <= room
+
+
+def test_deterministic_configurations_do_not_know_the_batch() -> None:
+    known = Configurations(90, deterministic=True)
+    shapes = [Shape(tokens, tokens, 8192, 1280, 16, 32, 1, 16) for tokens in (1, 64, 256, 4096)]
+    assert known.block_tokens(True) == known.block_tokens(False) == 16
+    assert len({known.choose(shape) for shape in shapes}) == 1
 
 
 def test_the_cpu_interprets_what_needs_no_newer_gpu() -> None:
-    assert not choose_configuration(CPU, Shape(8192, 8192, 1280, 64, 64)).pdl
+    assert not device_configurations(CPU).choose(Shape(8192, 263, 8192, 1280, 32, 64, 1, 16)).pdl

@@ -1,40 +1,89 @@
-"""Every kernel that a configuration file can launch compiles for its architecture, without register spills.
+"""What is launched compiles for every architecture: registers, occupancy, wide loads, and when h is read.
 
 In the types that are served: float32 has no tensor cores at full precision, and is for checks.
 """
 
-import multiprocessing
 import os
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+import re
 
 import pytest
-
-from bdlora_kernels.configurations import known_architectures
+import torch
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from tests.kernels.compiling import spilled_bytes, variants_in_use
+from bdlora_kernels.configurations import ARCHITECTURES
+from bdlora_kernels.triton_expand import expand_kernel
+from bdlora_kernels.triton_shrink import shrink_kernel
+from bdlora_perf.kernels.absent_gpu import Launched
+from tests.kernels.compiling import Layer, compiled, configuration_of, layers_in_use
+
+each_architecture = pytest.mark.parametrize("capability", ARCHITECTURES, ids="sm_{}".format)
+
+REGISTERS = 65536
+# Programs a multiprocessor at the least, by registers: decode (with all blocks of ranks but the largest), prefill.
+PROGRAMS = {"shrink_kernel": (5, 2), "expand_kernel": (5, 3)}
 
 
-@pytest.fixture(scope="module")
-def compilers() -> Iterator[ProcessPoolExecutor]:
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield pool
+def resident(launched: Launched) -> int:
+    """Programs for which a multiprocessor has registers, which are given out by 8 a thread."""
+    code = launched.code
+    return REGISTERS // (-(-code.registers // 8) * 8 * 32 * code.warps)
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-@pytest.mark.parametrize("capability", known_architectures(), ids="sm_{}".format)
-def test_compiles_without_spills(capability: int, dtype: str, compilers: ProcessPoolExecutor) -> None:
-    variants = variants_in_use(capability, dtype)
-    spills = dict(zip(map(str, variants), compilers.map(spilled_bytes, variants), strict=True))
-    assert {name: spilled for name, spilled in spills.items() if spilled} == {}
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@each_architecture
+def test_registers_and_occupancy(capability: int, dtype: torch.dtype) -> None:
+    found = [(layer, launched) for layer in layers_in_use(dtype) for launched in compiled(layer, capability)]
+    for layer, launched in found:
+        code = launched.code
+        assert code.stack == 0, f"{code.name} spills {code.stack} bytes in {layer}"
+        expected = PROGRAMS[code.name][0 if layer.decode and layer.slices * layer.rank <= 32 else 1]
+        assert resident(launched) >= expected, f"{code.name}: {code.registers} registers in {layer}"
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("capability", known_architectures(), ids="sm_{}".format)
-def test_float32_compiles(capability: int, compilers: ProcessPoolExecutor) -> None:
-    variants = variants_in_use(capability, "fp32")
-    assert len(list(compilers.map(spilled_bytes, variants))) == len(variants)
+@each_architecture
+def test_float32_compiles(capability: int) -> None:
+    for layer in layers_in_use(torch.float32):
+        assert len(compiled(layer, capability)) == 2
+
+
+@each_architecture
+def test_factors_are_loaded_sixteen_bytes_at_a_time(capability: int) -> None:
+    """A in the loop of the shrink, straight to shared memory; B and y in the expand."""
+    shrink, expand = compiled(Layer(64, 32, 1024, 8192, 1, 8), capability)
+    assert len(re.findall(r"LDGSTS\.E\.(?:\w+\.)*128", shrink.code.sass)) >= 4
+    assert len(re.findall(r"LDG\.E\.(?:\w+\.)*128", expand.code.sass)) >= 2
+
+
+@pytest.mark.parametrize("capability", [known for known in ARCHITECTURES if known >= 90], ids="sm_{}".format)
+def test_h_is_read_after_the_shrink(capability: int) -> None:
+    """With programmatic dependent launch: of h, which alone is read past the first-level cache ("strong"), nothing is
+    loaded before the kernel waits for the one before it."""
+    for rank in (4, 8, 16, 32):
+        _, expand = compiled(Layer(8192, 8, 1024, 8192, 1, rank, decode=False), capability)
+        code = [line for line in expand.code.sass.splitlines() if re.search(r"/\*[0-9a-f]{4,}\*/ ", line)]
+        waits = [index for index, line in enumerate(code) if "ACQBULK" in line]
+        reads = [index for index, line in enumerate(code) if re.search(r"LDG\.E\.(?:\w+\.)*STRONG", line)]
+        assert waits and reads and waits[0] < reads[0], (rank, waits, reads)
+
+
+@pytest.mark.parametrize(
+    "batches",
+    [
+        [Layer(tokens, 1, 1024, 8192, 1, 8) for tokens in (1, 7, 16)],
+        [Layer(tokens, 4, 1024, 8192, 1, 8) for tokens in (33, 64, 100, 255)],
+        [Layer(tokens, 8, 1024, 8192, 1, 8, decode=False) for tokens in (4097, 4098, 4112, 5001)],
+    ],
+    ids=["one-tile", "decode", "prefill"],
+)
+def test_a_batch_of_another_size_runs_the_same_binary(batches: list[Layer]) -> None:
+    """Odd, even and round numbers of tokens, one tile and many: nothing is compiled while requests wait."""
+    assert len({configuration_of(layer, 90) for layer in batches}) == 1
+    compiled(batches[0], 90)
+    before = [len(kernel.device_caches[90][0]) for kernel in (shrink_kernel, expand_kernel)]
+    for layer in batches:
+        compiled(layer, 90)
+    assert [len(kernel.device_caches[90][0]) for kernel in (shrink_kernel, expand_kernel)] == before

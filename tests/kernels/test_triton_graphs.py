@@ -8,11 +8,10 @@ import torch
 from tests.kernels.test_batched import SEGMENTS, SLICES, SLOTS
 from tests.kernels.triton_support import (
     DEVICE,
-    MAX_SPLITS,
-    ONE_LAUNCH,
     OVERLAP,
-    TWO_LAUNCHES,
+    SPLITS,
     make_layer,
+    make_scratch,
     random_tokens,
 )
 
@@ -20,7 +19,7 @@ if not torch.cuda.is_available():
     pytest.skip("CUDA graphs need a GPU", allow_module_level=True)
 
 from bdlora_kernels.configurations import Configuration
-from bdlora_kernels.launch import Scratch, forward_with_base, make_second_stream
+from bdlora_kernels.launch import forward_with_base, make_second_stream
 from bdlora_kernels.tables import SegmentTable
 
 WIDE = torch.cuda.get_device_capability() >= (9, 0)
@@ -30,13 +29,13 @@ MIXED = [SLICES["plain-rank16"], SLICES["qkv"], [], SLICES["row-blocks"], SLICES
 
 @pytest.mark.parametrize(
     "configuration",
-    [ONE_LAUNCH, TWO_LAUNCHES, replace(TWO_LAUNCHES, pdl=WIDE), OVERLAP],
-    ids=["one", "two", "two-with-pdl", "overlap"],
+    [SPLITS, replace(SPLITS, pdl=WIDE), OVERLAP],
+    ids=["serial", "serial-with-pdl", "overlap"],
 )
 def test_replay_is_eager(configuration: Configuration) -> None:
     static, other = make_layer(MIXED, torch.bfloat16), make_layer(list(reversed(MIXED)), torch.bfloat16, seed=5)
     segments = SegmentTable(TOKENS, SLOTS, 16, DEVICE)
-    scratch = Scratch.allocate(TOKENS, static.tables.h_size, MAX_SPLITS, DEVICE)
+    scratch = make_scratch(segments, static.tables.h_size, configuration)
     second_stream = make_second_stream(DEVICE)
     x, y = (torch.zeros(TOKENS, size, dtype=torch.bfloat16, device=DEVICE) for size in (INPUTS, OUTPUTS))
 

@@ -11,14 +11,14 @@ from tests.kernels.triton_support import (
     DEVICE,
     MAX_SPLITS,
     NO_SPLITS,
-    ONE_LAUNCH,
     OVERLAP,
     POISON,
     RUNNABLE,
-    TWO_LAUNCHES,
+    SPLITS,
     Request,
     assert_close,
     make_layer,
+    make_scratch,
     random_tokens,
     segment_table,
 )
@@ -26,14 +26,15 @@ from tests.kernels.triton_support import (
 if not RUNNABLE:
     pytest.skip("neither a GPU nor TRITON_INTERPRET=1: test_triton_interpreter.py runs these", allow_module_level=True)
 
-from bdlora_kernels.configurations import Configuration, device_configurations
+from bdlora_kernels.configurations import DECODE_TOKENS, Configuration, load_configurations
 from bdlora_kernels.launch import (
     Scratch,
     add_lora_delta_triton,
-    expand,
+    expand_launch,
     forward_with_base,
     make_second_stream,
-    shrink,
+    shape_of,
+    shrink_launch,
 )
 from bdlora_kernels.tables import ENTRY_FIELDS, ExpandSlice, ExpandTable, SegmentTable
 
@@ -63,16 +64,14 @@ def check(
     layer = make_layer(by_slot, dtype)
     x_TI, y_TO = random_tokens(requests, inputs, outputs, dtype)
     tokens = len(x_TI)
-    splits = device_configurations(DEVICE).max_splits(block_tokens) if configuration is None else configuration.splits
-    scratch = Scratch.allocate(tokens, layer.tables.h_size, splits, DEVICE)
-    scratch.h.fill_(POISON)
+    segments = segment_table(requests, len(by_slot), block_tokens)
+    scratch = make_scratch(segments, layer.tables.h_size, configuration)
     x, wide_y = x_TI.to(DEVICE), torch.full((tokens, outputs + 3), 7.0, dtype=dtype, device=DEVICE)
     result = wide_y[:, :outputs]
     result.copy_(y_TO)
-    segments = segment_table(requests, len(by_slot), block_tokens)
     add_lora_delta_triton(result, x, layer.factors, layer.tables, segments, scratch, configuration)
     assert (wide_y[:, outputs:] == 7).all()
-    assert not scratch.counters_G.any(), "the next launch would not wait"
+    assert not segments.counters.any(), "the next launch would not wait"
     assert_close(result.cpu(), y_TO, x_TI, layer.unpacked, requests)
 
 
@@ -102,7 +101,7 @@ def test_wide_slices(windows: list[Window], configuration: Configuration) -> Non
     check([windows] * 3, requests, torch.bfloat16, configuration, WIDE_INPUTS, WIDE_OUTPUTS)
 
 
-@pytest.mark.parametrize("configuration", [None, ONE_LAUNCH], ids=["of-this-device", "one-launch"])
+@pytest.mark.parametrize("configuration", [None, OVERLAP], ids=["of-this-device", "overlap"])
 @pytest.mark.parametrize("rank", [1, 2, 3, 5, 8, 16, 17, 31, 32, 33, 64, 100, 128, 255, 256])
 def test_rank(rank: int, configuration: Configuration | None) -> None:
     """Beside rank 3 in the same launch."""
@@ -112,13 +111,13 @@ def test_rank(rank: int, configuration: Configuration | None) -> None:
 
 @pytest.mark.parametrize("tokens", [1, 2, 15, 16, 17, 31, 63, 64, 65, 127, 255, 256, 257, 1001, 4096])
 def test_tokens(tokens: int) -> None:
-    """Of three slots, and the base model's in between; 64 tokens a tile beyond 256."""
+    """Of three slots, and the base model's in between; 32 tokens a tile beyond 256."""
     source = random.Random(tokens)
     requests: list[Request] = []
     while (left := tokens - sum(length for _, length in requests)) > 0:
         requests.append((source.randint(BASE, 2), source.randint(1, max(1, min(left, tokens // 3)))))
     by_slot = [[Window(range(24), range(16), rank)] for rank in (8, 3, 2)]
-    check(by_slot, requests, DTYPES[tokens % 3], NO_SPLITS, 24, 16, block_tokens=16 if tokens <= 256 else 64)
+    check(by_slot, requests, DTYPES[tokens % 3], NO_SPLITS, 24, 16, block_tokens=16 if tokens <= 256 else 32)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -149,7 +148,7 @@ def test_slots_and_batches_may_change() -> None:
     first = make_layer(MIXED, torch.float32)
     other = make_layer(list(reversed(MIXED)), torch.float32, seed=5)
     segments = SegmentTable(64, SLOTS, 16, DEVICE)
-    scratch = Scratch.allocate(64, first.tables.h_size, MAX_SPLITS, DEVICE)
+    scratch = Scratch.allocate(64, first.tables.h_size, MAX_SPLITS * 64, DEVICE)
     for layer, requests in (
         (first, SEGMENTS["uniform"]),
         (other, SEGMENTS["interleaved"]),
@@ -162,8 +161,8 @@ def test_slots_and_batches_may_change() -> None:
         # As many rows as a captured launch has: those behind the batch's are padding, in no segment.
         padded_x, padded_y = (torch.full((64, size), POISON, device=DEVICE) for size in (INPUTS, OUTPUTS))
         padded_x[: len(x_TI)], padded_y[: len(y_TO)] = x_TI, y_TO
-        scratch.h.fill_(POISON)
-        for configuration in (ONE_LAUNCH, TWO_LAUNCHES):
+        scratch.h.fill_(POISON), scratch.partial.fill_(POISON)
+        for configuration in (OVERLAP, SPLITS, NO_SPLITS):
             result = padded_y.clone()
             add_lora_delta_triton(result, padded_x, layer.factors, first.tables, segments, scratch, configuration)
             assert_close(result[: len(y_TO)].cpu(), y_TO, x_TI, layer.unpacked, requests)
@@ -177,20 +176,48 @@ def test_the_same_bits_every_time() -> None:
     results = []
     for _ in range(3):
         result = y_TO.to(DEVICE, copy=True)
-        scratch = Scratch.allocate(len(x_TI), layer.tables.h_size, MAX_SPLITS, DEVICE)
         segments = segment_table(requests, SLOTS)
-        add_lora_delta_triton(result, x_TI.to(DEVICE), layer.factors, layer.tables, segments, scratch, ONE_LAUNCH)
+        scratch = make_scratch(segments, layer.tables.h_size, SPLITS)
+        add_lora_delta_triton(result, x_TI.to(DEVICE), layer.factors, layer.tables, segments, scratch, SPLITS)
         results.append(result)
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-@pytest.mark.parametrize("configuration", [OVERLAP, ONE_LAUNCH, None], ids=["overlap", "one-launch", "of-this-device"])
+def test_a_token_does_not_depend_on_its_batch() -> None:
+    """Alone, among others of its slot, and in a prefill: the same bits in deterministic mode."""
+    inputs, outputs = 4096 + 64, 24
+    layer = make_layer([[Window(range(inputs), range(outputs), rank)] for rank in (8, 3)], torch.float32)
+    configurations = load_configurations(90, deterministic=True)
+    x_TI, y_TO = random_tokens([(0, 300)], inputs, outputs, torch.float32)
+    results = []
+    for requests in ([(0, 1)], [(1, 3), (0, 1)], [(0, 40), (1, 7)], [(0, 300)]):
+        position = sum(length for slot, length in requests[: [slot for slot, _ in requests].index(0)])
+        tokens = sum(length for _, length in requests)
+        # The first token of slot 0 is the same in all batches.
+        order = [*range(1, position + 1), 0, *range(position + 1, tokens)]
+        segments = segment_table(requests, 2, configurations.block_tokens(tokens <= DECODE_TOKENS))
+        x, y = x_TI[order].to(DEVICE), y_TO[order].to(DEVICE)
+        configuration = configurations.choose(shape_of(x, outputs, layer.tables, segments))
+        assert configuration.splits == 2
+        scratch = make_scratch(segments, layer.tables.h_size, configuration)
+        add_lora_delta_triton(y, x, layer.factors, layer.tables, segments, scratch, configuration)
+        results.append(y[position].cpu())
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_an_aborted_launch_does_not_outlive_its_batch() -> None:
+    segments = segment_table([(0, 5)], 1)
+    segments.counters.fill_(1)
+    segments.fill([0], [5])
+    assert not segments.counters.any()
+
+
+@pytest.mark.parametrize("configuration", [OVERLAP, SPLITS, None], ids=["overlap", "splits", "of-this-device"])
 @pytest.mark.parametrize("requests", [SEGMENTS["skewed"], [(BASE, 3)], []], ids=["skewed", "base-only", "no-tokens"])
 def test_with_base(requests: list[Request], configuration: Configuration | None) -> None:
     """Layer after layer with one scratch; each may overwrite what the last one read."""
-    splits = device_configurations(DEVICE).max_splits(16) if configuration is None else configuration.splits
-    scratch = Scratch.allocate(max(1, sum(length for _, length in requests)), 160, splits, DEVICE)
     segments, stream = segment_table(requests, SLOTS), make_second_stream(DEVICE)
+    scratch = make_scratch(segments, 160, configuration)
     for seed in range(3):
         layer = make_layer(MIXED, torch.bfloat16, seed)
         x_TI, y_TO = random_tokens(requests, INPUTS, OUTPUTS, torch.bfloat16)
@@ -200,7 +227,7 @@ def test_with_base(requests: list[Request], configuration: Configuration | None)
             calls.append(1)
             return output.to(DEVICE, copy=True)
 
-        scratch.h.fill_(POISON)
+        scratch.h.fill_(POISON), scratch.partial.fill_(POISON)
         operands = x, layer.factors, layer.tables, segments, scratch, configuration, stream
         result = forward_with_base(base, OUTPUTS, *operands)
         x.fill_(POISON)
@@ -220,20 +247,20 @@ def test_fully_sharded() -> None:
         (place,) = part.factors.slices[0]
         (stored,) = whole_layer.unpacked[0]
         part.factors.a(0, place).copy_(stored.a[start : start + half])
-        h_PTR = torch.full((1, 5, half), POISON, device=DEVICE)
-        shrink(h_PTR, x_TI.to(DEVICE), part.factors.a_SE, part.tables.shrink, segments, NO_SPLITS)
-        gathered.append(h_PTR[0])
+        h_TR = torch.full((5, half), POISON, device=DEVICE)
+        shrink_launch(h_TR, x_TI.to(DEVICE), part.factors, part.tables, segments, h_TR, NO_SPLITS).run()
+        gathered.append(h_TR)
     # Rank after rank, each with room for more columns than it uses.
-    h_PTR = torch.full((1, 5, 2 * 8), POISON, device=DEVICE)
+    h_TW = torch.full((5, 2 * 8), POISON, device=DEVICE)
     scaling = whole_layer.unpacked[0][0].scaling
     buffer = bytearray(4 * 3 * ENTRY_FIELDS)
     table = ExpandTable(torch.zeros(1, 3, ENTRY_FIELDS, dtype=torch.int32, device=DEVICE), 16)
     table.pack_into(buffer, 0, [ExpandSlice(0, outputs, half, rank, n * half, n * 8, scaling) for n in (0, 1)])
     table.entries_SEF.copy_(torch.frombuffer(buffer, dtype=torch.int32).view(1, 3, ENTRY_FIELDS))
     for n, h_TR in enumerate(gathered):
-        h_PTR[0, :, n * 8 : n * 8 + half] = h_TR
+        h_TW[:, n * 8 : n * 8 + half] = h_TR
     result = y_TO.to(DEVICE, copy=True)
-    expand(result, h_PTR, whole_layer.factors.b_SE, table, segments, NO_SPLITS)
+    expand_launch(result, h_TW, whole_layer.factors.b_SE, table, segments, NO_SPLITS).run()
     assert_close(result.cpu(), y_TO, x_TI, whole_layer.unpacked, [(0, 5)])
 
 
@@ -248,6 +275,6 @@ def test_launchers_refuse(broken: str) -> None:
         x = x.T.contiguous().T
     if broken == "y-columns":
         y = y.T.contiguous().T
-    scratch = Scratch.allocate(4, 2, MAX_SPLITS, DEVICE)
+    scratch = Scratch.allocate(4, 2, 4, DEVICE)
     with pytest.raises(AssertionError):
         add_lora_delta_triton(y, x, layer.factors, layer.tables, segments, scratch, NO_SPLITS)

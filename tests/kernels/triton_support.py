@@ -7,11 +7,12 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
 from bdlora_kernels import LayerFactors, UnpackedSlice
-from bdlora_kernels.configurations import Configuration
+from bdlora_kernels.configurations import Configuration, device_configurations
 from bdlora_kernels.tables import SegmentTable, SliceTables
 from tests.kernels.test_batched import Window, dense, fill_slots, make_packed, slot_elements
 
@@ -23,22 +24,22 @@ Request = tuple[int, int]
 POISON = float("nan")
 MAX_SPLITS = 4
 # Small blocks: many programs and many edges in small shapes.
-TWO_LAUNCHES = Configuration(
-    fused=False,
-    pdl=False,
+SPLITS = Configuration(
     overlap=False,
+    pdl=False,
     splits=3,
     block_k=32,
     shrink_warps=4,
     shrink_stages=2,
+    shrink_registers=255,
+    tokens_at_once=8,
     block_o=32,
     expand_warps=4,
-    max_registers=255,
+    expand_registers=255,
 )
-ONE_LAUNCH = replace(TWO_LAUNCHES, fused=True, splits=2)
-NO_SPLITS = replace(TWO_LAUNCHES, splits=1, block_k=64, block_o=64)
-OVERLAP = replace(TWO_LAUNCHES, overlap=True)
-CONFIGURATIONS = {"two-launches": TWO_LAUNCHES, "one-launch": ONE_LAUNCH, "no-splits": NO_SPLITS}
+OVERLAP = replace(SPLITS, splits=2, overlap=True)
+NO_SPLITS = replace(SPLITS, splits=1, block_k=64, tokens_at_once=16, block_o=64)
+CONFIGURATIONS = {"splits": SPLITS, "overlap": OVERLAP, "no-splits": NO_SPLITS}
 
 
 @dataclass
@@ -71,6 +72,17 @@ def segment_table(requests: Sequence[Request], num_slots: int, block_tokens: int
     table = SegmentTable(max(sum(length for _, length in requests), 1), num_slots, block_tokens, DEVICE)
     table.fill([slot for slot, _ in requests], [length for _, length in requests])
     return table
+
+
+def make_scratch(segments: SegmentTable, h_size: int, configuration: Configuration | None) -> Any:
+    """Scratch memory that holds NaN, as large as a configuration needs it, or any that this device chooses."""
+    from bdlora_kernels.launch import Scratch
+
+    scratch = Scratch.for_segments(segments, device_configurations(DEVICE), h_size, DEVICE)
+    if configuration is not None:
+        scratch = Scratch.allocate(segments.max_tokens, h_size, segments.max_tokens * configuration.splits, DEVICE)
+    scratch.h.fill_(POISON), scratch.partial.fill_(POISON)
+    return scratch
 
 
 def random_tokens(

@@ -8,8 +8,8 @@ import pytest
 import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from bdlora_kernels import PackedAdapter, SlotSize, UnpackedSlice, pack_adapter, plan_layer
-from bdlora_kernels.configurations import Shape, choose_configuration
+from bdlora_kernels import PackedAdapter, SegmentTable, SlotSize, UnpackedSlice, pack_adapter, plan_layer
+from bdlora_kernels.configurations import DECODE_TOKENS, Shape
 from bdlora_sglang.serving.backend import BDLoRABackend
 from bdlora_sglang.serving.kernels import NO_SLOT, BatchLimits, Kernels, LayerShape, TorchKernels
 from bdlora_sglang.serving.triton_kernels import TritonKernels, token_counts
@@ -60,7 +60,7 @@ def test_an_unchanged_batch_is_not_described_again(triton: tuple[TritonKernels, 
     assert describe([1, 0], [1, 2]) == 0
     batch = kernels.segments([1, 0], [1, 2], graph)
     assert batch.table.tokens_T[:3].tolist() == [1, 2, 0]
-    assert batch.table.tiles_GF[:2].tolist() == [[0, 0, 2, 0], [1, 2, 1, 0]]
+    assert batch.table.tiles_GF[:2].tolist() == [[0, 0, 2, 1], [1, 2, 1, 1]]
 
 
 def test_the_same_for_the_pytorch_kernels() -> None:
@@ -165,6 +165,8 @@ def test_every_configuration_is_compiled_before_the_first_request(shape: tuple[i
     known = TritonKernels(CPU, SLOTS)._configurations
 
     def chosen(tokens: int) -> object:
-        return choose_configuration(CPU, Shape(tokens, *shape, known.block_tokens(tokens), 16))
+        block = known.block_tokens(tokens <= DECODE_TOKENS)
+        tiles = SegmentTable(4096, SLOTS, block, CPU).max_tiles(tokens)
+        return known.choose(Shape(tokens, tiles, *shape, block, 16, 1, 16))
 
     assert {chosen(tokens) for tokens in range(1, 4097)} == {chosen(tokens) for tokens in token_counts(4096)}

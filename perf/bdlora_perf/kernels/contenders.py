@@ -11,8 +11,8 @@ from importlib.util import find_spec
 
 import torch
 
-from bdlora_kernels.configurations import Configuration, device_configurations
-from bdlora_kernels.launch import Scratch, configuration_for, forward_with_base, make_second_stream
+from bdlora_kernels.configurations import Configuration, Configurations, Shape, device_configurations
+from bdlora_kernels.launch import Scratch, forward_with_base, make_second_stream, shape_of
 from bdlora_kernels.layout import LayerFactors
 from bdlora_kernels.tables import SegmentTable, SliceTables
 from bdlora_perf.kernels.problem import SCALING, Call, Problem
@@ -22,7 +22,7 @@ Contender = Callable[[Problem], Call]
 
 def prepare_ours(problem: Problem, configuration: Configuration | None = None) -> Call:
     """Our Triton kernels, with the configuration that this architecture's file gives unless one is given."""
-    forward = _prepare_forward(problem, configuration)
+    forward = _prepare_forward(problem, configuration, overlap=False)
 
     def call(n: int) -> None:
         forward(n, lambda: problem.y_TO)
@@ -40,7 +40,9 @@ def prepare_base(problem: Problem) -> Call:
     return call
 
 
-def prepare_with_base(problem: Problem, configuration: Configuration | None = None, overlap: bool = False) -> Call:
+def prepare_with_base(
+    problem: Problem, configuration: Configuration | None = None, overlap: bool | None = None
+) -> Call:
     """The base layer's product and our delta: as the configuration says, or with the shrink beside the product."""
     forward, base = _prepare_forward(problem, configuration, overlap), _base_product(problem)
 
@@ -65,21 +67,15 @@ def _base_product(problem: Problem) -> Callable[[], torch.Tensor]:
 
 
 def _prepare_forward(
-    problem: Problem, configuration: Configuration | None, overlap: bool = False
+    problem: Problem, configuration: Configuration | None, overlap: bool | None = None
 ) -> Callable[[int, Callable[[], torch.Tensor]], torch.Tensor]:
     """The base layer's output with the delta of set n."""
-    device, slices, tokens = problem.x_TI.device, problem.slices(), len(problem.slots_T)
-    ranks = sum(part.rank for part in slices)
-    tables = SliceTables.allocate(problem.num_slots, problem.rank, ranks, device)
-    for slot in range(problem.num_slots):
-        tables.write(slot, slices)
-    known = device_configurations(device)
-    segments = SegmentTable(tokens, problem.num_slots, known.block_tokens(tokens), device)
-    segments.fill(problem.slots_T, [1] * tokens)
-    chosen = configuration or configuration_for(problem.x_TI, problem.y_TO.shape[1], tables, segments)
-    if overlap:
-        chosen = chosen.overlapping()
-    scratch = Scratch.allocate(tokens, ranks, chosen.splits, device)
+    device, slices = problem.x_TI.device, problem.slices()
+    tables, segments, known = _tables(problem)
+    chosen = configuration or known.choose(shape_of(problem.x_TI, problem.y_TO.shape[1], tables, segments))
+    if overlap is not None:
+        chosen = replace(chosen, overlap=overlap, pdl=chosen.pdl and not overlap)
+    scratch = Scratch.allocate(segments.max_tokens, tables.h_size, segments.max_tokens * chosen.splits, device)
     second_stream = make_second_stream(device)
     slots = [slices] * problem.num_slots
     layers = [
@@ -91,6 +87,24 @@ def _prepare_forward(
         return forward_with_base(base, outputs, x_TI, layers[n], tables, segments, scratch, chosen, second_stream)
 
     return forward
+
+
+def shape_of_problem(problem: Problem) -> tuple[Shape, Configuration]:
+    """What our configuration is chosen by, and the one that is chosen on this device."""
+    tables, segments, known = _tables(problem)
+    shape = shape_of(problem.x_TI, problem.y_TO.shape[1], tables, segments)
+    return shape, known.choose(shape)
+
+
+def _tables(problem: Problem) -> tuple[SliceTables, SegmentTable, Configurations]:
+    device, slices, tokens = problem.x_TI.device, problem.slices(), len(problem.slots_T)
+    tables = SliceTables.allocate(problem.num_slots, problem.rank, sum(part.rank for part in slices), device)
+    for slot in range(problem.num_slots):
+        tables.write(slot, slices)
+    known = device_configurations(device)
+    segments = SegmentTable(tokens, problem.num_slots, known.block_tokens(problem.case.phase == "decode"), device)
+    segments.fill(problem.slots_T, [1] * tokens)
+    return tables, segments, known
 
 
 def prepare_cublas_loop(problem: Problem) -> Call:

@@ -46,7 +46,7 @@ STEP_RANK = 8
 CASES_WITH_BASE = 3 * len(LAYERS)
 WITH_BASE: dict[str, Contender] = {
     "base": prepare_base,
-    "bdlora_with_base": prepare_with_base,
+    "bdlora_with_base": partial(prepare_with_base, overlap=False),
     "bdlora_beside_base": partial(prepare_with_base, overlap=True),
 }
 
@@ -171,7 +171,7 @@ def describe(device: torch.device) -> Record:
     described = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
     if device.type == "cuda":
         described["gpu"] = torch.cuda.get_device_name(device)
-    return {**described, "configurations": f"{origin.architecture}, {origin.origin}"}
+    return {**described, "configurations": f"sm_{origin.capability}, {origin.origin}"}
 
 
 def write_raw(raw: Mapping[str, Any], folder: Path) -> None:

@@ -13,52 +13,40 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton  # type: ignore[import-untyped, unused-ignore]
 
-from bdlora_kernels.configurations import (
-    Configuration,
-    Configurations,
-    Shape,
-    device_configurations,
-    format_configurations,
-)
-from bdlora_perf.kernels.contenders import prepare_ours, prepare_with_base
+from bdlora_kernels.configurations import Configuration, Configurations, device_configurations, format_configurations
+from bdlora_perf.kernels.contenders import prepare_ours, prepare_with_base, shape_of_problem
 from bdlora_perf.kernels.measure import FAILURES, MAX_ERROR_UNITS, MIN_CALLS
 from bdlora_perf.kernels.problem import Call, Problem, error_in_units, make_problem
-from bdlora_perf.kernels.shapes import LAYERS, MODELS, Case
+from bdlora_perf.kernels.shapes import Case, all_cases
 from bdlora_perf.kernels.timing import capture, time_calls
 
 # In this order: the first fields matter most.
 OPTIONS: dict[str, tuple[Any, ...]] = {
-    "fused": (True, False),
-    "splits": (1, 2, 4, 8, 16, 32),
+    "splits": (1, 2, 4, 8, 16),
     "block_o": (64, 128, 256),
     "block_k": (64, 128, 256),
-    "shrink_warps": (2, 4, 8),
+    "tokens_at_once": (8, 16, 32),
     "expand_warps": (2, 4, 8),
-    "shrink_stages": (2, 3, 4, 5),
-    "pdl": (True, False),
-    "max_registers": (128, 168, 255),
+    "shrink_stages": (2, 3, 4),
+    "expand_registers": (80, 96, 128, 168),
+    "shrink_registers": (96, 128, 168),
 }
 _ROUNDS = 5
 # A change must win by more than two runs of one configuration differ.
 _MARGIN = 0.98
+_MOST_CASES = 24
 
 
-def tuned_cases() -> Iterator[tuple[Case, int]]:
-    """Cases, with the ranks of a block of the shrink that they stand for."""
-    model = next(iter(MODELS))
-    batches = (("decode", 16, 16), ("decode", 256, 64), ("decode", 64, 64), ("prefill", 8192, 16), ("prefill", 1024, 4))
-    for block_rank in (32, 16, 64):
-        for phase, tokens, adapters in batches:
-            for layer in LAYERS:
-                slices = {"qkv": 3, "gate_up": 2}.get(layer, 1)
-                rank = block_rank // (4 if slices == 3 else slices)
-                yield Case(model, 8, layer, phase, tokens, adapters, "uniform", rank), block_rank  # type: ignore[arg-type]
+def tuned_cases() -> Iterator[Case]:
+    """What `bdlora_perf.kernels.measure` comes to first, in its order."""
+    yield from islice(all_cases(), _MOST_CASES)
 
 
 def seconds_of(problem: Problem, exact_TO: torch.Tensor, configuration: Configuration) -> float:
@@ -83,21 +71,20 @@ def _seconds(problem: Problem, prepare: Callable[[], Call]) -> float:
     return statistics.median(time_calls({"": captured}, _ROUNDS)[""]) * 1e-6
 
 
-def tune_overlap(problem: Problem, configuration: Configuration) -> Configuration:
-    """The configuration with the shrink beside the base layer's product, where the two together are faster so."""
-    after = _seconds(problem, partial(prepare_with_base, problem, configuration))
-    beside = _seconds(problem, partial(prepare_with_base, problem, configuration, overlap=True))
-    return configuration.overlapping() if beside < _MARGIN * after else configuration
+def with_base(problem: Problem, configuration: Configuration) -> Configuration:
+    """The configuration with the shrink beside the base layer's product or after it, whichever is faster with it."""
+    beside, after = (replace(configuration, overlap=overlap, pdl=False) for overlap in (True, False))
+    faster = _seconds(problem, partial(prepare_with_base, problem, beside)) < _MARGIN * _seconds(
+        problem, partial(prepare_with_base, problem, after)
+    )
+    return beside if faster else replace(after, pdl=configuration.pdl)
 
 
 def tune(problem: Problem, configuration: Configuration, deadline: float) -> tuple[Configuration, float, float]:
     """The best configuration that was found, and the seconds of a call before and after."""
     exact_TO = problem.exact()
-    configuration = replace(configuration, overlap=False)  # which is decided with the base layer, in the end
     before = best = seconds_of(problem, exact_TO, configuration)
     for field, values in OPTIONS.items():
-        if configuration.fused and field in ("expand_warps", "pdl"):
-            continue
         for value in values:
             if value == getattr(configuration, field) or time.monotonic() > deadline:
                 continue
@@ -113,18 +100,19 @@ def tune_device(minutes: float) -> Configurations:
     device, deadline = torch.device("cuda"), time.monotonic() + 60 * minutes
     known = device_configurations(device)
     cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
-    by_shape = dict(known.by_shape)
-    for case, block_rank in tuned_cases():
+    tuned = dict(known.tuned)
+    for case in tuned_cases():
         if time.monotonic() > deadline:
             break
-        layer, block_tokens = case.shape(), known.block_tokens(case.tokens)
-        shape = Shape(case.tokens, layer.inputs, layer.total_outputs, block_tokens, block_rank)
         problem = make_problem(case, case.rank, device, cache_bytes, max_sets=32)
-        found, before, after = tune(problem, known.nearest(shape), deadline)
-        by_shape[shape] = tune_overlap(problem, found) if case.phase == "decode" else found
-        print(f"{shape}: {before * 1e6:.2f} us, {after * 1e6:.2f} us with {by_shape[shape]}", flush=True)
+        shape, chosen = shape_of_problem(problem)
+        found, before, after = tune(problem, chosen, deadline)
+        found = with_base(problem, found) if case.phase == "decode" else found
+        print(f"{shape}: {before * 1e6:.2f} us, {after * 1e6:.2f} us with {found}", flush=True)
+        if found != chosen:
+            tuned[shape] = found
     origin = f"tuned on {torch.cuda.get_device_name(device)}, torch {torch.__version__}, Triton {triton.__version__}"
-    return replace(known, origin=origin, by_shape=by_shape)
+    return replace(known, origin=origin, tuned=tuned)
 
 
 def main() -> None:

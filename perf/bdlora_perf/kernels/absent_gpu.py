@@ -1,0 +1,125 @@
+"""A GPU that is not there: Triton compiles what is launched for it, and the launch is written down instead of run.
+
+Kernels are launched by their own host code, ours and SGLang's, with tensors of PyTorch's "meta" device: whatever that
+code decides (grids, constants, warps, what Triton specializes on) is what a GPU of this architecture would get.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import triton  # type: ignore[import-untyped, unused-ignore]
+from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped, unused-ignore]
+from triton.backends.driver import DriverBase  # type: ignore[import-untyped, unused-ignore]
+from triton.runtime.driver import driver  # type: ignore[import-untyped, unused-ignore]
+
+_CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+@dataclass(frozen=True)
+class Launched:
+    """One launch: its grid, what was compiled for it, and the arguments in order, constants included."""
+
+    grid: tuple[int, int, int]
+    code: "MachineCode"
+    arguments: tuple[Any, ...]
+
+    @property
+    def programs(self) -> int:
+        x, y, z = self.grid
+        return x * y * z
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """What the assembler made of a kernel. ``stack`` are bytes a thread, which hold what did not fit into registers."""
+
+    name: str
+    warps: int
+    registers: int
+    stack: int
+    shared: int
+    sass: str
+
+
+@cache
+def machine_code(name: str, warps: int, shared: int, binary: bytes) -> MachineCode:
+    """Registers, stack and SASS of a kernel that Triton compiled."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        usage, sass = _run("-res-usage", file.name), _run("-sass", file.name)
+    found = re.findall(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage)
+    assert len(found) == 1, usage
+    registers, stack, local = map(int, found[0])
+    return MachineCode(name, warps, registers, stack + local, shared, sass)
+
+
+def _run(*arguments: str) -> str:
+    return subprocess.run([_CUOBJDUMP, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+@contextmanager
+def absent_gpu(capability: int) -> Iterator[list[Launched]]:
+    """Within the context, what is launched is compiled for ``capability`` (90 for sm_90) and put into the list."""
+    launches: list[Launched] = []
+    before = driver._active
+    driver.set_active(_AbsentGPU(capability, launches))
+    try:
+        yield launches
+    finally:
+        driver.set_active(before)
+
+
+class _AbsentGPU(DriverBase):  # type: ignore[misc, unused-ignore]
+    """Triton's driver interface, of a GPU of compute capability ``capability``."""
+
+    def __init__(self, capability: int, launches: list[Launched]) -> None:
+        super().__init__()
+        self._capability, self.launches = capability, launches
+        self.utils = SimpleNamespace(
+            get_device_properties=lambda device: {"max_shared_mem": 2**20},
+            load_binary=lambda name, binary, shared, device: (binary, binary, 0, 0, 1024),
+            unload_module=lambda module: None,
+        )
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Any:
+        # What Triton calls in place of the kernel: grid, stream, function, metadata twice, two hooks, the arguments.
+        def launch(x: int, y: int, z: int, _stream: int, function: bytes, *rest: Any) -> None:
+            code = machine_code(metadata.name, metadata.num_warps, metadata.shared, function)
+            # Triton keeps the launcher with the kernel: it may be older than the list of now.
+            active = driver.active
+            assert isinstance(active, _AbsentGPU), active
+            active.launches.append(Launched((x, y, z), code, rest[4:]))
+
+        return launch
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return True
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        return ty
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self._capability, 32)
+
+    def get_current_device(self) -> int:
+        # Triton keeps compiled kernels by device: a number an architecture.
+        return self._capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> Any:
+        raise NotImplementedError
+
+    def get_benchmarker(self) -> Any:
+        raise NotImplementedError
