@@ -67,23 +67,35 @@ def _expand(spec: str) -> list[NamedAdapter]:
     name, separator, path = spec.partition("=")
     if separator:
         return [NamedAdapter(name, path)]
-    if _REPO_ID.match(spec):
+    if is_repo_id(spec):
         return [NamedAdapter(spec.rpartition("/")[2], spec)]
     raise BDLoRAError(
         f"--adapters {spec}: found no such folder, expected a folder, name=path or a Hugging Face repo id"
     )
 
 
+def folders_of(adapters: Iterable[NamedAdapter]) -> tuple[str, ...]:
+    """The folders in which ``adapters`` lie side by side; repo ids have none."""
+    return tuple(sorted({str(Path(a.path).resolve().parent) for a in adapters if Path(a.path).is_dir()}))
+
+
 def check_adapter_name(name: object) -> None:
-    """Raise `BDLoRAError` unless ``name`` can name an adapter in SGLang's API."""
-    if not isinstance(name, str) or not name or name in {".", ".."} or re.search(r"[/\\=\s\x00-\x1f]", name):
-        raise BDLoRAError(f"adapter name: found {name!r}, expected a name without path separators, '=' and white space")
+    """Raise `BDLoRAError` unless ``name`` can name an adapter in SGLang's API, whose clients send it in JSON."""
+    if not isinstance(name, str) or not 0 < len(name) <= 256 or name != name.strip() or not name.isprintable():
+        raise BDLoRAError(
+            f"adapter name: found {name!r}, expected 1 to 256 printable characters without white space around them"
+        )
+
+
+def is_repo_id(path: str) -> bool:
+    """Whether ``path`` looks like a Hugging Face repo id."""
+    return _REPO_ID.match(path) is not None
 
 
 def adapter_folder(path: str) -> Path:
     """The local folder of an adapter; a repo id is downloaded (config and safetensors alone) or found in the cache."""
     folder = Path(path)
-    if folder.exists() or not _REPO_ID.match(path):
+    if folder.exists() or not is_repo_id(path):
         return folder
     try:
         return Path(snapshot_download(path, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME, "added_tokens.json"]))

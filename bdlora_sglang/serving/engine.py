@@ -11,6 +11,10 @@ from sglang.srt.server_args import ServerArgs
 from bdlora_sglang.errors import BDLoRAError
 from bdlora_sglang.serving.checks import check_server_args
 from bdlora_sglang.serving.cpu.cores import leave_ranks_alone
+from bdlora_sglang.serving.gate.masking import mask_log, secrets_of
+from bdlora_sglang.serving.gate.middleware import add_gate
+from bdlora_sglang.serving.gate.names import check_names_at_start
+from bdlora_sglang.serving.gate.tokenizer_manager import gated_tokenizer_manager
 from bdlora_sglang.serving.hardware import (
     cpu_defaults,
     gpu_defaults,
@@ -56,7 +60,10 @@ class Engine(SGLangEngine):
             check_parallelism(kwargs.get("pp_size", 1))
             sizes = kwargs.get("tp_size", 1), kwargs.get("dp_size", 1)
             kwargs = {**platform_defaults(*sizes, options.lora_sharding), **kwargs}
-        check_server_args(kwargs.get("server_args") or self.server_args_class(**kwargs))
+        server_args = kwargs.get("server_args") or self.server_args_class(**kwargs)
+        check_server_args(server_args)
+        check_names_at_start(server_args)
+        self.init_tokenizer_manager_func = gated_tokenizer_manager(options.gate)
         # An attribute that SGLang provides for private forks of its processes.
         self.run_scheduler_process_func = partial(
             run_scheduler_process, options=options, scheduler_class=self.scheduler_class
@@ -75,9 +82,16 @@ def launch_server(server_args: ServerArgs, options: ServingOptions) -> None:
         return
     check_parallelism(server_args.pp_size)
     check_server_args(server_args)
+    check_names_at_start(server_args, options.gate.aliases)
     if on_cpu_platform():
         leave_ranks_alone()
-    sglang_launch_server(server_args, run_scheduler_process_func=partial(run_scheduler_process, options=options))
+    mask_log(secrets_of(server_args))
+    add_gate()
+    sglang_launch_server(
+        server_args,
+        init_tokenizer_manager_func=gated_tokenizer_manager(options.gate),
+        run_scheduler_process_func=partial(run_scheduler_process, options=options),
+    )
 
 
 def _sharding_of_ours(name: str) -> LoRASharding:

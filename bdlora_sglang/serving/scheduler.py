@@ -13,7 +13,6 @@ from sglang.srt.managers.io_struct import (
     LoRAUpdateOutput,
     UnloadLoRAAdapterReqInput,
 )
-from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_components.request_receiver import SchedulerRequestReceiver
 from sglang.srt.managers.tp_worker import TpModelWorker
 from sglang.srt.model_executor.model_runner import ModelRunner
@@ -26,6 +25,7 @@ from bdlora_sglang.serving.adapter_loader import AdapterLoader, FinishAdapterLoa
 from bdlora_sglang.serving.backend import BDLoRABackend
 from bdlora_sglang.serving.cpu.linear import unpacked
 from bdlora_sglang.serving.cpu.requests import request_receiver_over_shared_memory
+from bdlora_sglang.serving.gate.scheduler import GuardedScheduler
 from bdlora_sglang.serving.hardware import on_cpu_platform
 from bdlora_sglang.serving.kernels import give_back_host_memory
 from bdlora_sglang.serving.layers import ColumnParallelLinearWithBDLoRA, RowParallelLinearWithBDLoRA
@@ -130,7 +130,7 @@ class BDLoRATpWorker(TpModelWorker):
             return super().get_weights_by_name(recv_req)
 
 
-class BDLoRAScheduler(Scheduler):
+class BDLoRAScheduler(GuardedScheduler):
     """Builds `BDLoRATpWorker`, and refuses to start unless BD-LoRA is really in place."""
 
     worker_class = BDLoRATpWorker

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from bdlora_sglang.model_names import MODEL_NAMES, resolve_model
-from bdlora_sglang.serving.options import LoRASharding, ServingOptions
+from bdlora_sglang.serving.options import GateOptions, LoRASharding, ServingOptions
 
 _HELP = """Start SGLang's server with BD-LoRA inside.
 
@@ -47,16 +47,42 @@ def launch(
             "layer with LoRA; sglang: SGLang's own LoRA with a --lora-backend of your choice. Both are for comparison.",
         ),
     ] = LoRASharding.COMMUNICATION_FREE,
+    adapter_root: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapter-root",
+            help="While the server runs, adapters are loaded from below this folder alone; repeatable. Default: the "
+            "folders in which those of --adapters lie.",
+        ),
+    ] = None,
+    adapters_from_hub: Annotated[
+        bool, typer.Option("--adapters-from-hub", help="Clients may load adapters from Hugging Face by repo id.")
+    ] = False,
+    reload_on_request: Annotated[
+        bool,
+        typer.Option("--reload-on-request", help="A request for an unloaded adapter loads it again, as in SGLang."),
+    ] = False,
+    allow_unknown_models: Annotated[
+        bool,
+        typer.Option("--allow-unknown-models", help="The base model answers for unknown model names, as in SGLang."),
+    ] = False,
     allow_untested_sglang: Annotated[
         bool, typer.Option("--allow-untested-sglang", help="Go on with an SGLang that BD-LoRA was not tested with.")
     ] = False,
 ) -> None:
     # First what needs no SGLang, which takes many seconds to import.
-    from bdlora_sglang.adapter.locate import open_adapters
+    from bdlora_sglang.adapter.locate import folders_of, open_adapters
 
-    options = ServingOptions(max_local_rank, lora_sharding)
     model_path = resolve_model(model)
     named = open_adapters(adapters or [])
+    gate = GateOptions(
+        adapter_roots=tuple(adapter_root) if adapter_root else folders_of(named),
+        adapters_from_hub=adapters_from_hub,
+        reload_on_request=reload_on_request,
+        allow_unknown_models=allow_unknown_models,
+        aliases=(model,),
+    )
+    options = ServingOptions(max_local_rank, lora_sharding, gate)
 
     from sglang.srt.utils import kill_process_tree
 

@@ -25,6 +25,8 @@ def served(zoo: Zoo, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve
     for name, path in adapters.items():
         shutil.copytree(path, folder / name)
     log = tmp_path_factory.mktemp("server") / "server.log"
-    flags = ("--tp", TP, "--adapters", folder, "--max-loras-per-batch", SLOTS, *FLAGS)
+    # Tests load adapters that they make themselves.
+    root = tmp_path_factory.getbasetemp()
+    flags = ("--tp", TP, "--adapters", folder, "--adapter-root", root, "--max-loras-per-batch", SLOTS, *FLAGS)
     with running_server(model, log, *flags) as server:
         yield Served(server, model, {name: folder / name for name in adapters})

@@ -100,12 +100,12 @@ def test_refusals_name_what_is_wrong_and_change_nothing(served: Served, tmp_path
 @pytest.mark.parametrize(
     ("name", "path", "words"),
     [
-        ("a/b", None, ["'a/b'", "path separators"]),
+        ("a\nb", None, ["adapter name", "printable"]),
         ("bd2-r8", None, ["bd2-r8", "already loaded"]),
         ("missing", "no/such/adapter", ["no/such/adapter"]),
         ("too-large", {"rank": 48}, ["local rank 48", "--max-local-rank 48"]),
     ],
-    ids=["separator", "duplicate", "missing", "too large"],
+    ids=["name", "duplicate", "missing", "too large"],
 )
 def test_refused_loads(served: Served, zoo: Zoo, name: str, path: Any, words: list[str]) -> None:
     if isinstance(path, dict):

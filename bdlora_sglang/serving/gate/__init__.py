@@ -1,0 +1,1 @@
+"""What stands between clients and SGLang: requests are checked, names resolved, adapters guarded."""
