@@ -157,5 +157,15 @@ def _check_module(name: str, tensor_a: str, tensor_b: str, config: AdapterConfig
         rank=rank,
         nblocks=nblocks,
         side=side,
-        scaling=config.scaling(name),
+        scaling=_scaling(name, config),
     )
+
+
+def _scaling(name: str, config: AdapterConfig) -> float:
+    """It is multiplied in float32."""
+    scaling = config.scaling(name)
+    if abs(scaling) > torch.finfo(torch.float32).max:
+        raise AdapterError(
+            config.source, f"lora_alpha / r of module '{name}'", scaling, "a number that float32 can hold"
+        )
+    return scaling

@@ -14,7 +14,7 @@ from bdlora_sglang.serving.cpu.cores import leave_ranks_alone
 from bdlora_sglang.serving.gate.masking import mask_log, secrets_of
 from bdlora_sglang.serving.gate.middleware import add_gate
 from bdlora_sglang.serving.gate.names import check_names_at_start
-from bdlora_sglang.serving.gate.tokenizer_manager import gated_tokenizer_manager
+from bdlora_sglang.serving.gate.tokenizer_manager import check_frontend, gated_tokenizer_manager
 from bdlora_sglang.serving.hardware import (
     cpu_defaults,
     gpu_defaults,
@@ -62,6 +62,7 @@ class Engine(SGLangEngine):
             kwargs = {**platform_defaults(*sizes, options.lora_sharding), **kwargs}
         server_args = kwargs.get("server_args") or self.server_args_class(**kwargs)
         check_server_args(server_args)
+        check_frontend(server_args)
         check_names_at_start(server_args)
         self.init_tokenizer_manager_func = gated_tokenizer_manager(options.gate)
         # An attribute that SGLang provides for private forks of its processes.
@@ -82,6 +83,7 @@ def launch_server(server_args: ServerArgs, options: ServingOptions) -> None:
         return
     check_parallelism(server_args.pp_size)
     check_server_args(server_args)
+    check_frontend(server_args)
     check_names_at_start(server_args, options.gate.aliases)
     if on_cpu_platform():
         leave_ranks_alone()

@@ -93,6 +93,7 @@ def running_server(
     """
     port = free_port()
     flags = ["--model", str(model), "--tp", str(tp), "--adapters", str(adapters)]
+    flags += ["--adapter-root", str(adapters.parent)]
     flags += ["--port", str(port), "--dtype", "float32"]
     starting(["bdlora", "launch", *flags])
     with _terminated_as_interrupted():

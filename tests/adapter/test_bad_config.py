@@ -57,6 +57,14 @@ def test_fields(name: str, value: object, expected: str) -> None:
     assert_refused(caught.value, "spoilt", f"field '{subject}", "" if inner == "(" else repr(value)[:20], expected)
 
 
+def test_a_scaling_that_float32_cannot_hold() -> None:
+    draft = Draft()
+    draft.config["lora_alpha"] = 1e300
+    with pytest.raises(AdapterError) as caught:
+        Adapter.from_tensors(draft.tensors, draft.config, "spoilt")
+    assert_refused(caught.value, "spoilt", "lora_alpha / r of module", "e+2", "float32")
+
+
 FEATURES = {
     "use_dora": (True, "DoRA"),
     "use_qalora": (True, "QALoRA"),

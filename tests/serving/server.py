@@ -48,10 +48,10 @@ class Server(ServerProcess):
 
 
 @contextmanager
-def running_server(model: Path, log: Path, *flags: object) -> Iterator[Server]:
+def running_server(model: Path, log: Path, *flags: object, server_class: type[Server] = Server) -> Iterator[Server]:
     """``bdlora launch --model MODEL flags...`` on a free port."""
     port = free_port()
-    server = Server(launch_command("--model", model, "--port", port, *flags), f"http://127.0.0.1:{port}", log)
+    server = server_class(launch_command("--model", model, "--port", port, *flags), f"http://127.0.0.1:{port}", log)
     try:
         server.wait_until_healthy()
         yield server

@@ -143,6 +143,28 @@ def test_pipeline_parallelism_is_refused(model: Path) -> None:
         Engine(model_path=str(model), pp_size=2)
 
 
+def test_an_adapter_called_as_the_base_model_is_refused(model: Path, adapter: Path) -> None:
+    from bdlora_sglang import Engine
+    from bdlora_sglang.serving.gate.names import check_names_at_start
+
+    for name in ("mine", "base", "default", str(model), "mine:x", "short"):
+        arguments = server_args(model, 1, [f"{name}={adapter}"], ["--served-model-name", "mine"])
+        with pytest.raises(BDLoRAError, match="adapter name"):
+            check_names_at_start(arguments, aliases=["short"])
+    with pytest.raises(BDLoRAError, match="adapter name"):
+        Engine(model_path=str(model), lora_paths=[f"default={adapter}"])
+
+
+def test_servers_without_the_gate_are_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bdlora_sglang import Engine
+
+    with pytest.raises(BDLoRAError, match="--tokenizer-worker-num: found 2, expected 1"):
+        Engine(model_path=str(model), tokenizer_worker_num=2)
+    monkeypatch.setenv("SGLANG_RUST_SERVER", "1")
+    with pytest.raises(BDLoRAError, match="SGLANG_RUST_SERVER"):
+        Engine(model_path=str(model))
+
+
 def test_each_engine_gets_a_binding_of_its_own_size(monkeypatch: pytest.MonkeyPatch) -> None:
     from bdlora_sglang.serving.hardware import use_cpu_platform
 

@@ -32,8 +32,9 @@ def test_two_nodes(zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     try:
         for rank, node in enumerate(nodes):
             port = free_port()
+            roots = ("--adapter-root", node, "--adapter-root", zoo.root)
             command = launch_command(
-                "--model", model, "--adapters", "adapters", "--node-rank", rank, "--port", port, *flags
+                "--model", model, "--adapters", "adapters", "--node-rank", rank, "--port", port, *roots, *flags
             )
             log = tmp_path / f"node{rank}.log"
             servers.append(Server(command, f"http://127.0.0.1:{port}", log, folder=node))
@@ -82,3 +83,7 @@ def test_data_parallel_replicas(zoo: Zoo, tmp_path: Path) -> None:
             names: list[str | None] = [None, "bd4", "bd4", None]
             expected = [reference.generate(prompt, adapters.get(name or ""), NEW_TOKENS).tokens for name in names]
             assert [server.generate([name], [prompt], NEW_TOKENS)[0] for name in names] == expected
+        for path, body in (("load", {"lora_path": str(adapters["bd4"])}), ("unload", {})):
+            refused = server.post(f"/{path}_lora_adapter", lora_name="late", **body)
+            assert refused.status_code == 400
+            assert "--dp-size: found 2" in refused.json()["error_message"]

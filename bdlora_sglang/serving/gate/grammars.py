@@ -1,14 +1,14 @@
 """Grammars and regular expressions in a request, which others compile and run for it."""
 
 import re
+import sys
+from importlib import import_module
 from typing import Any
 
 from bdlora_sglang.serving.gate.errors import RequestError
 
-try:
-    from re import _parser as sre_parse  # Python 3.11
-except ImportError:
-    import sre_parse  # type: ignore[no-redef]
+# Python 3.11 renamed it.
+sre_parse: Any = import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
 
 # xgrammar refuses what is nested too deep and does not unroll repetitions; time goes by length.
 MAX_GRAMMAR_CHARS = 1 << 18

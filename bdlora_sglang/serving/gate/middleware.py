@@ -1,6 +1,7 @@
 """The HTTP side of the gate, in front of SGLang's app: models by name, errors with their status, secrets masked."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from http import HTTPStatus
 from typing import Any
 
 import orjson
@@ -24,6 +25,7 @@ class GateMiddleware:
         app: what comes next.
         names: gives the names of this server.
         check_body: raises `RequestError` for a wrong body of SGLang's own API.
+        metrics: gives what comes after SGLang's own metrics.
         routes: an app for the paths that ``is_ours`` accepts.
     """
 
@@ -32,14 +34,21 @@ class GateMiddleware:
         app: ASGIApp,
         names: Callable[[], ModelNames],
         check_body: Callable[[dict[str, Any]], None],
+        metrics: Callable[[], Awaitable[bytes]],
         routes: ASGIApp,
         is_ours: Callable[[Scope], bool],
     ) -> None:
-        self._app, self._names, self._check_body, self._routes, self._is_ours = app, names, check_body, routes, is_ours
+        self._app, self._names, self._check_body, self._metrics = app, names, check_body, metrics
+        self._routes, self._is_ours = routes, is_ours
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
+            return
+        if scope["path"].rstrip("/") == "/metrics":
+            # As plain text, uncompressed: ours is put after it.
+            scope = {**scope, "headers": [h for h in scope["headers"] if h[0] not in (b"accept", b"accept-encoding")]}
+            await self._app(scope, receive, _Appended(send, self._metrics).send)
             return
         app = self._routes if self._is_ours(scope) else self._app
         family = family_of(scope["path"])
@@ -113,6 +122,30 @@ class _Answer:
         await self._pass_on({"type": "http.response.body", "body": body})
 
 
+class _Appended:
+    """Sends an answer with more at its end."""
+
+    def __init__(self, send: Send, more: Callable[[], Awaitable[bytes]]) -> None:
+        self._send, self._more = send, more
+        self._start: Message = {}
+        self._parts: list[bytes] = []
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._start = message
+            return
+        self._parts.append(message.get("body", b""))
+        if message.get("more_body", False):
+            return
+        if self._start["status"] == HTTPStatus.OK:
+            self._parts.append(await self._more())
+        body = b"".join(self._parts)
+        headers = [(name, value) for name, value in self._start["headers"] if name.lower() != b"content-length"]
+        headers.append((b"content-length", str(len(body)).encode()))
+        await self._send({**self._start, "headers": headers})
+        await self._send({"type": "http.response.body", "body": body})
+
+
 def _is_json(scope: Scope) -> bool:
     kind = Headers(scope=scope).get("content-type", "application/json").lower()
     return "json" in kind
@@ -167,6 +200,7 @@ def add_gate() -> None:
         GateMiddleware,
         names=lambda: manager().names,
         check_body=lambda fields: manager().check_body(fields),
+        metrics=lambda: manager().adapter_metrics(),
         routes=ROUTES,
         is_ours=is_ours,
     )

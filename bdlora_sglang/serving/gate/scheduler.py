@@ -9,6 +9,8 @@ from sglang.srt.managers.io_struct import (
     AbortReq,
     ExpertDistributionReq,
     ExpertDistributionReqOutput,
+    GetInternalStateReq,
+    GetInternalStateReqOutput,
     GetWeightsByNameReqInput,
     GetWeightsByNameReqOutput,
     OpenSessionReqInput,
@@ -19,6 +21,11 @@ from sglang.srt.managers.io_struct import (
     SetInternalStateReqOutput,
 )
 from sglang.srt.managers.scheduler import Scheduler
+from sglang.utils import TypeBasedDispatcher
+
+from bdlora_sglang.serving.gate.metrics import adapters_now
+
+ADAPTERS_NOW = "adapters"
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +37,17 @@ _FAILURES: dict[type, Callable[[Any, Exception], Any]] = {
     OpenSessionReqInput: lambda request, _: OpenSessionReqOutput(session_id=request.session_id, success=False),
     SetInternalStateReq: lambda *_: SetInternalStateReqOutput(updated=False),
 }
+
+
+class _GuardedDispatcher(TypeBasedDispatcher):
+    def __call__(self, obj: Any) -> Any:
+        try:
+            return super().__call__(obj)
+        except Exception as error:
+            if type(obj) not in _FAILURES:
+                raise
+            logger.exception("%s failed", type(obj).__name__)
+            return _FAILURES[type(obj)](obj, error)
 
 
 class GuardedScheduler(Scheduler):
@@ -49,17 +67,14 @@ class GuardedScheduler(Scheduler):
             reason = {"type": "abort", "status_code": HTTPStatus.BAD_REQUEST, "message": str(error) or repr(error)}
             self.ipc_channels.send_to_tokenizer.send_output(AbortReq(rid=request.rid, finished_reason=reason), request)
 
+    def get_internal_state(self, recv_req: GetInternalStateReq) -> GetInternalStateReqOutput:
+        output = super().get_internal_state(recv_req)
+        if self.enable_lora:
+            output.internal_state[ADAPTERS_NOW] = adapters_now(self)
+        return output
+
     def init_request_dispatcher(self) -> None:
         super().init_request_dispatcher()
-        dispatch = self._request_dispatcher
-
-        def dispatch_or_fail(request: Any) -> Any:
-            try:
-                return dispatch(request)
-            except Exception as error:
-                if type(request) not in _FAILURES:
-                    raise
-                logger.exception("%s failed", type(request).__name__)
-                return _FAILURES[type(request)](request, error)
-
-        self._request_dispatcher = dispatch_or_fail
+        guarded = _GuardedDispatcher([])
+        guarded += self._request_dispatcher
+        self._request_dispatcher: TypeBasedDispatcher = guarded

@@ -61,7 +61,7 @@ def check_shapes(request: Any) -> None:
     count = num_prompts(request)
     if count == 0:
         raise RequestError("text", [], "at least one prompt")
-    for field in _fields(type(request)):
+    for field in _fields(request.__class__):
         value = getattr(request, field.name)
         if value is not None:
             field.check(value, count)
@@ -116,12 +116,12 @@ def _field(name: str, hint: Any) -> _Field:
     options = [option for option in get_args(hint) if option is not type(None)] if union else [hint]
     depths = {option: _depth(option) for option in options}
     least, most = min(depths.values()), max(depths.values())
-    one = Union[tuple(option for option in options if depths[option] == least)]  # noqa: UP007
+    one: Any = Union[tuple(option for option in options if depths[option] == least)]  # noqa: UP007
     each: TypeAdapter[Any] | None = None
     if most > least:
-        item = Union[tuple(get_args(option)[0] for option in options if depths[option] > least)]  # noqa: UP007
+        item: Any = Union[tuple(get_args(option)[0] for option in options if depths[option] > least)]  # noqa: UP007
         # Lists of lists say no less with None in the place of one of them.
-        each = TypeAdapter(list[item if least == 0 else Optional[item]])  # type: ignore[valid-type] # noqa: UP045
+        each = TypeAdapter(types.GenericAlias(list, item if least == 0 else Optional[item]))  # noqa: UP045
     return _Field(name, TypeAdapter(one), each, least)
 
 
