@@ -56,7 +56,8 @@ class AdapterCounts:
 def state_families(states: list[dict[str, Any]], counts: AdapterCounts) -> Iterable[Metric]:
     """What runs, waits and is resident now, by `adapters_now` of each data-parallel replica."""
     for key, text in (("running", "Requests in a batch."), ("waiting", "Requests that wait for a batch.")):
-        requests: Counter[str] = Counter()
+        # Those that nobody asks for now are told as 0.
+        requests = Counter({counts.label(name): 0 for state in states for name in (BASE, *state["host"])})
         for state in states:
             for adapter, number in state[key].items():
                 requests[counts.label(adapter)] += number
@@ -99,7 +100,7 @@ class _Families:
 def exposition(families: Iterable[Metric]) -> bytes:
     """In Prometheus' text format."""
     registry = CollectorRegistry()
-    registry.register(_Families(families))  # type: ignore[arg-type]
+    registry.register(_Families(families))
     return generate_latest(registry)
 
 

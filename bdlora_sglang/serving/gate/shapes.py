@@ -121,7 +121,8 @@ def _field(name: str, hint: Any) -> _Field:
     if most > least:
         item: Any = Union[tuple(get_args(option)[0] for option in options if depths[option] > least)]  # noqa: UP007
         # Lists of lists say no less with None in the place of one of them.
-        each = TypeAdapter(types.GenericAlias(list, item if least == 0 else Optional[item]))  # noqa: UP045
+        each_hint: Any = types.GenericAlias(list, item if least == 0 else Optional[item])  # noqa: UP045
+        each = TypeAdapter(each_hint)
     return _Field(name, TypeAdapter(one), each, least)
 
 

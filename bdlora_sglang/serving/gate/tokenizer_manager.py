@@ -34,6 +34,7 @@ from bdlora_sglang.serving.gate.requests import Served, check_request
 from bdlora_sglang.serving.gate.sampling import check_params
 from bdlora_sglang.serving.gate.scheduler import ADAPTERS_NOW
 from bdlora_sglang.serving.gate.tokenized import check_tokenized
+from bdlora_sglang.serving.hardware import on_cpu_platform
 from bdlora_sglang.serving.options import GateOptions
 
 
@@ -141,12 +142,16 @@ class GatedTokenizerManager(AdapterKeeper):
         self, obj: ReleaseMemoryOccupationReqInput, request: fastapi.Request | None = None
     ) -> None:
         check_control(obj)
+        busy = RequestError("server", "requests under way", "none, to release memory", HTTPStatus.CONFLICT)
+        if self.rid_to_state:
+            raise busy
+        if on_cpu_platform():
+            raise RequestError("memory", "that of a CPU", "a GPU's: there is none to release")
         tags = self._memory.release(obj.tags)
         # From here on no request comes in. SGLang's scheduler ends unless it is idle, which flushing waits for.
-        idle = not self.rid_to_state and (await self.flush_cache(timeout_s=_IDLE_SECONDS)).success
-        if not idle:
+        if not (await self.flush_cache(timeout_s=_IDLE_SECONDS)).success:
             self._memory.resumed(tags)
-            raise RequestError("server", "requests under way", "none, to release memory", HTTPStatus.CONFLICT)
+            raise busy
         await super().release_memory_occupation(obj, request)
 
     async def resume_memory_occupation(

@@ -50,15 +50,15 @@ def test_running_requests_and_the_gauge_of_gateways(served: Served) -> None:
     body = {"input_ids": PROMPTS[0], "lora_path": "bd2-r8", "sampling_params": sampling}
     request = Thread(target=served.server.post, args=("/generate",), kwargs=body)
     request.start()
-    running = []
-    while request.is_alive() and not running:
+    running: list[float] = []
+    gauges: list[Sample] = []
+    while request.is_alive() and not any(running):
         samples = list(_samples(served.server.get("/metrics").text))
-        running = [
-            s for s in samples if s.name == "bdlora:adapter_requests_running" and s.labels["adapter"] == "bd2-r8"
-        ]
+        name = "bdlora:adapter_requests_running"
+        running = [s.value for s in samples if s.name == name and s.labels["adapter"] == "bd2-r8"]
         gauges = [s for s in samples if s.name == "vllm:lora_requests_info"]
     request.join()
-    assert [s.value for s in running] == [1]
+    assert running == [1]
     assert len(gauges) == 1
     assert gauges[0].labels["running_lora_adapters"] == "bd2-r8"
     assert gauges[0].labels["waiting_lora_adapters"] == ""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import requests
+import torch
 
 from tests.serving.api.served import Served
 from tests.serving.server import Server, running_server
@@ -110,3 +111,21 @@ def test_keys_are_not_told(limited: Served) -> None:
     assert requests.get(url + "/v1/models", timeout=60).status_code == 401
     by_user = requests.post(url + "/unload_lora_adapter", json={"lora_name": "x"}, headers=_bearer(KEY), timeout=60)
     assert by_user.status_code == 401
+
+
+def test_memory_is_released_and_resumed(limited: Served) -> None:
+    """Meanwhile requests are turned away. On a CPU, where SGLang would end, it is refused."""
+
+    def ask(path: str) -> requests.Response:
+        return requests.post(limited.server.url + path, json={}, headers=_bearer(ADMIN_KEY), timeout=60)
+
+    released = ask("/release_memory_occupation")
+    if torch.cuda.is_available():
+        assert released.status_code == 200, released.text
+        assert limited.server.post("/generate", input_ids=[1]).status_code == 503
+        assert ask("/release_memory_occupation").status_code == 409
+        assert limited.server.get("/health_generate").status_code == 200
+        assert ask("/resume_memory_occupation").status_code == 200
+    else:
+        assert released.status_code == 400 and "GPU" in released.text
+    limited.check([NAMES[0], None], [PROMPTS[0]] * 2)
