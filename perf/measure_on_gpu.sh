@@ -24,6 +24,12 @@ timeout 185 python3 -m bdlora_perf.kernels.tune --output "$out/$file" --minutes 
 tail -n 15 "$out/tune.log"
 if [ -f "$out/$file" ]; then mkdir -p "$configurations" && cp "$out/$file" "$configurations/$file"; fi
 
+python3 -c 'import bdlora_perf.kernels.sglang_contenders' >"$out/sglang.log" 2>&1 ||
+    echo "SGLang's kernels cannot be imported, and are not measured: $(tail -n 1 "$out/sglang.log")"
+# Clocks and temperature, once a second: a card that slows down shows it here.
+nvidia-smi --query-gpu=timestamp,clocks.sm,clocks.mem,temperature.gpu,power.draw --format=csv -l 1 >"$out/clocks.csv" 2>&1 &
+clocks=$!
 timeout 220 python3 -m bdlora_perf.kernels.measure --output "$out" --minutes 3.3 >"$out/measure.log" 2>&1
+kill "$clocks" 2>/dev/null
 tail -n 40 "$out/measure.log"
 exit $tests

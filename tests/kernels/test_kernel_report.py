@@ -74,7 +74,7 @@ def test_report() -> None:
     }
     report = make_report(raw)
     assert report.kind == "kernels" and report.baselines == ("csgmv", "triton", "triton_v2")
-    assert report.systems["csgmv_r2"].label == "SGLang csgmv, plain LoRA, half the BD rank"
+    assert report.systems["csgmv_r2"].label == "SGLang csgmv (default blocks where it has none tuned), plain LoRA, half the BD rank"
     (first, *_) = report.samples
     # 6 MB in 2 us are 3000 GB/s, 3 MFLOP in 2 us are 1.5 TFLOP/s.
     assert first.metrics == pytest.approx(
@@ -100,3 +100,15 @@ def test_the_interpreter_checks_every_contender(tmp_path: Path) -> None:
     assert set(checked) == {"bdlora", "cublas_loop", "base", "bdlora_with_base", "bdlora_beside_base"}
     assert all(0 < system["error_units"] < 1.5 for system in checked.values())
     assert load_report(tmp_path).failures == ()
+
+
+def test_a_run_without_sglang_says_so_and_goes_on() -> None:
+    program = (
+        "import sys; sys.modules['sglang'] = None\n"
+        "from bdlora_perf.kernels.contenders import sglang_contenders, sglang_with_base\n"
+        "for prepare in {**sglang_contenders(), **sglang_with_base()}.values():\n"
+        "    try: prepare(None)\n"
+        "    except RuntimeError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.count("SGLang's kernels cannot be imported: ") == 6

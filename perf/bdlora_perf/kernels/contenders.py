@@ -5,8 +5,9 @@ server does once a batch (grouping tokens, copying metadata) is done before; wha
 """
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from importlib import import_module
 from importlib.util import find_spec
 
 import torch
@@ -15,9 +16,7 @@ from bdlora_kernels.configurations import Configuration, Configurations, Shape, 
 from bdlora_kernels.launch import Scratch, forward_with_base, make_second_stream, shape_of
 from bdlora_kernels.layout import LayerFactors
 from bdlora_kernels.tables import SegmentTable, SliceTables
-from bdlora_perf.kernels.problem import SCALING, Call, Problem
-
-Contender = Callable[[Problem], Call]
+from bdlora_perf.kernels.problem import SCALING, Call, Contender, Problem, base_product
 
 
 def prepare_ours(problem: Problem, configuration: Configuration | None = None) -> Call:
@@ -31,11 +30,11 @@ def prepare_ours(problem: Problem, configuration: Configuration | None = None) -
 
 
 def prepare_base(problem: Problem) -> Call:
-    """The base layer's own product alone; its weight alone fills the cache."""
-    base = _base_product(problem)
+    """The base layer's own product alone."""
+    product = base_product(problem)
 
     def call(n: int) -> None:
-        base()
+        product(n)
 
     return call
 
@@ -44,26 +43,12 @@ def prepare_with_base(
     problem: Problem, configuration: Configuration | None = None, overlap: bool | None = None
 ) -> Call:
     """The base layer's product and our delta: as the configuration says, or with the shrink beside the product."""
-    forward, base = _prepare_forward(problem, configuration, overlap), _base_product(problem)
+    forward, product = _prepare_forward(problem, configuration, overlap), base_product(problem)
 
     def call(n: int) -> None:
-        forward(n, base)
+        forward(n, lambda: product(n))
 
     return call
-
-
-def base_weight(problem: Problem) -> torch.Tensor:
-    """The base layer's weight, ``(outputs, inputs)``; the same each time."""
-    shape, x_TI = problem.case.shape(), problem.x_TI
-    generator = torch.Generator(x_TI.device).manual_seed(1)
-    size = shape.total_outputs, shape.inputs
-    weight_OI = torch.randn(*size, generator=generator, device=x_TI.device, dtype=x_TI.dtype)
-    return weight_OI.mul_(shape.inputs**-0.5)
-
-
-def _base_product(problem: Problem) -> Callable[[], torch.Tensor]:
-    weight_OI = base_weight(problem)
-    return lambda: torch.mm(problem.x_TI, weight_OI.T, out=problem.y_TO)
 
 
 def _prepare_forward(
@@ -71,11 +56,13 @@ def _prepare_forward(
 ) -> Callable[[int, Callable[[], torch.Tensor]], torch.Tensor]:
     """The base layer's output with the delta of set n."""
     device, slices = problem.x_TI.device, problem.slices()
-    tables, segments, known = _tables(problem)
-    chosen = configuration or known.choose(shape_of(problem.x_TI, problem.y_TO.shape[1], tables, segments))
+    segments, known = _segments(problem)
+    # A layer has a table of its own, which is as cold as its factors are.
+    tables = [_slice_tables(problem) for _ in range(problem.num_sets)]
+    chosen = configuration or known.choose(shape_of(problem.x_TI, problem.y_TO.shape[1], tables[0], segments))
     if overlap is not None:
         chosen = replace(chosen, overlap=overlap, pdl=chosen.pdl and not overlap)
-    scratch = Scratch.allocate(segments.max_tokens, tables.h_size, segments.max_tokens * chosen.splits, device)
+    scratch = Scratch.allocate(segments.max_tokens, tables[0].h_size, segments.max_tokens * chosen.splits, device)
     second_stream = make_second_stream(device)
     slots = [slices] * problem.num_slots
     layers = [
@@ -84,27 +71,32 @@ def _prepare_forward(
 
     def forward(n: int, base: Callable[[], torch.Tensor]) -> torch.Tensor:
         x_TI, outputs = problem.x_TI, problem.y_TO.shape[1]
-        return forward_with_base(base, outputs, x_TI, layers[n], tables, segments, scratch, chosen, second_stream)
+        return forward_with_base(base, outputs, x_TI, layers[n], tables[n], segments, scratch, chosen, second_stream)
 
     return forward
 
 
 def shape_of_problem(problem: Problem) -> tuple[Shape, Configuration]:
     """What our configuration is chosen by, and the one that is chosen on this device."""
-    tables, segments, known = _tables(problem)
-    shape = shape_of(problem.x_TI, problem.y_TO.shape[1], tables, segments)
+    segments, known = _segments(problem)
+    shape = shape_of(problem.x_TI, problem.y_TO.shape[1], _slice_tables(problem), segments)
     return shape, known.choose(shape)
 
 
-def _tables(problem: Problem) -> tuple[SliceTables, SegmentTable, Configurations]:
-    device, slices, tokens = problem.x_TI.device, problem.slices(), len(problem.slots_T)
+def _slice_tables(problem: Problem) -> SliceTables:
+    slices, device = problem.slices(), problem.x_TI.device
     tables = SliceTables.allocate(problem.num_slots, problem.rank, sum(part.rank for part in slices), device)
     for slot in range(problem.num_slots):
         tables.write(slot, slices)
+    return tables
+
+
+def _segments(problem: Problem) -> tuple[SegmentTable, Configurations]:
+    device, tokens = problem.x_TI.device, len(problem.slots_T)
     known = device_configurations(device)
     segments = SegmentTable(tokens, problem.num_slots, known.block_tokens(problem.case.phase == "decode"), device)
     segments.fill(problem.slots_T, [1] * tokens)
-    return tables, segments, known
+    return segments, known
 
 
 def prepare_cublas_loop(problem: Problem) -> Call:
@@ -171,9 +163,23 @@ def same_factors(device: torch.device) -> Mapping[str, Contender]:
 
 
 def sglang_contenders() -> Mapping[str, Contender]:
-    """SGLang's three backends, where SGLang can be imported."""
-    if find_spec("sglang") is None:
-        return {}
-    from bdlora_perf.kernels.sglang_contenders import CONTENDERS
+    """SGLang's three backends; where SGLang cannot be imported, each fails with the reason, and the others go on."""
+    return _of_sglang("CONTENDERS", ("csgmv", "triton", "triton_v2"))
 
-    return CONTENDERS
+
+def sglang_with_base() -> Mapping[str, Contender]:
+    """The base layer's product with each of SGLang's backends, which may overlap the two."""
+    return _of_sglang("WITH_BASE", ("csgmv_with_base", "triton_with_base", "triton_v2_with_base"))
+
+
+def _of_sglang(group: str, names: Sequence[str]) -> Mapping[str, Contender]:
+    try:
+        found: Mapping[str, Contender] = getattr(import_module("bdlora_perf.kernels.sglang_contenders"), group)
+        return found
+    except ImportError as error:
+        message = f"SGLang's kernels cannot be imported: {error}"
+
+    def fail(problem: Problem) -> Call:
+        raise RuntimeError(message)
+
+    return dict.fromkeys(names, fail)

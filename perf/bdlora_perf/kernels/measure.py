@@ -23,14 +23,13 @@ import triton  # type: ignore[import-untyped, unused-ignore]
 
 from bdlora_kernels.configurations import device_configurations
 from bdlora_perf.kernels.contenders import (
-    Contender,
-    base_weight,
     prepare_base,
     prepare_with_base,
     same_factors,
     sglang_contenders,
+    sglang_with_base,
 )
-from bdlora_perf.kernels.problem import Call, Problem, error_in_units, make_problem
+from bdlora_perf.kernels.problem import Call, Contender, Problem, base_weight, error_in_units, make_problem
 from bdlora_perf.kernels.shapes import LAYERS, MODELS, Case, all_cases, tiny_cases
 from bdlora_perf.kernels.timing import CapturedCalls, capture, measure_ceilings, time_calls
 
@@ -87,7 +86,8 @@ def measure_with_base(case: Case, device: torch.device, cache_bytes: int) -> Rec
     product_TO = problem.x_TI.double() @ base_weight(problem).double().T
     exact_TO = replace(problem, y_TO=product_TO).exact()
     entries = {
-        name: Entry(prepare, problem, product_TO if name == "base" else exact_TO) for name, prepare in WITH_BASE.items()
+        name: Entry(prepare, problem, product_TO if name == "base" else exact_TO)
+        for name, prepare in {**WITH_BASE, **(sglang_with_base() if device.type == "cuda" else {})}.items()
     }
     weights = shape.inputs * shape.total_outputs
     floor = {

@@ -70,6 +70,9 @@ class Problem:
         return expected
 
 
+Contender = Callable[[Problem], Call]
+
+
 def make_problem(case: Case, rank: int, device: torch.device, cache_bytes: int, max_sets: int = _MAX_SETS) -> Problem:
     """Random tensors; as many sets of factors as fill the cache twice."""
     shape, dtype = case.shape(), getattr(torch, case.dtype)
@@ -91,6 +94,24 @@ def make_problem(case: Case, rank: int, device: torch.device, cache_bytes: int, 
         a_NSRI=random(sets, case.adapters, ranks, shape.inputs).mul_(shape.inputs**-0.5),
         b_NSOr=random(sets, case.adapters, shape.total_outputs, rank).mul_(rank**-0.5),
     )
+
+
+def base_weight(problem: Problem) -> torch.Tensor:
+    """The base layer's weight of set 0, ``(outputs, inputs)``; the same each time."""
+    shape, x_TI = problem.case.shape(), problem.x_TI
+    generator = torch.Generator(x_TI.device).manual_seed(1)
+    size = shape.total_outputs, shape.inputs
+    weight_OI = torch.randn(*size, generator=generator, device=x_TI.device, dtype=x_TI.dtype)
+    return weight_OI.mul_(shape.inputs**-0.5)
+
+
+def base_product(problem: Problem) -> Callable[[int], torch.Tensor]:
+    """The base layer's product of set n into the problem's y: weights that fill the cache twice are used in turn."""
+    weight_OI, device = base_weight(problem), problem.x_TI.device
+    cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+    copies = max(1, min(problem.num_sets, -(-2 * cache_bytes // weight_OI.nbytes)))
+    weights_NOI = [weight_OI, *(weight_OI.clone() for _ in range(copies - 1))]
+    return lambda n: torch.mm(problem.x_TI, weights_NOI[n % copies].T, out=problem.y_TO)
 
 
 def error_in_units(result_TO: torch.Tensor, exact_TO: torch.Tensor) -> float:

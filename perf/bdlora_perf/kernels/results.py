@@ -18,7 +18,7 @@ METRICS = {
 }
 LABELS = {
     "bdlora": "BD-LoRA's kernels",
-    "csgmv": "SGLang csgmv",
+    "csgmv": "SGLang csgmv (default blocks where it has none tuned)",
     "triton": "SGLang triton",
     "triton_v2": "SGLang triton_v2",
     "flashinfer": "FlashInfer segment GEMM",
@@ -27,6 +27,9 @@ LABELS = {
     "base": "base layer alone",
     "bdlora_with_base": "base layer, then BD-LoRA's kernels",
     "bdlora_beside_base": "base layer with BD-LoRA's shrink beside it",
+    "csgmv_with_base": "base layer, then SGLang csgmv",
+    "triton_with_base": "base layer, then SGLang triton",
+    "triton_v2_with_base": "base layer and SGLang triton_v2, by its plan",
 }
 MATCHED = {"r2": "plain LoRA, half the BD rank", "r4": "plain LoRA, a quarter of the BD rank"}
 BASELINES = ("csgmv", "triton", "triton_v2")

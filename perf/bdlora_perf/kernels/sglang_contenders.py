@@ -1,5 +1,7 @@
 """SGLang's own LoRA kernels, called as its backends ``csgmv``, ``triton`` and ``triton_v2`` call them."""
 
+from functools import partial
+
 import torch
 from sglang.kernels.ops.lora.dense.chunked_sgmv_expand import chunked_sgmv_lora_expand_forward
 from sglang.kernels.ops.lora.dense.chunked_sgmv_shrink import chunked_sgmv_lora_shrink_forward
@@ -7,12 +9,12 @@ from sglang.kernels.ops.lora.dense.gate_up_lora_b import gate_up_lora_b_fwd
 from sglang.kernels.ops.lora.dense.qkv_lora_b import qkv_lora_b_fwd
 from sglang.kernels.ops.lora.dense.sgemm_lora_a import sgemm_lora_a_fwd
 from sglang.kernels.ops.lora.dense.sgemm_lora_b import sgemm_lora_b_fwd
-from sglang.srt.lora.dense.plan import DenseLoraKind
+from sglang.srt.lora.dense.plan import DenseLoraKind, DensePlan
 from sglang.srt.lora.dense.runner import DenseLoraRunner
 from sglang.srt.lora.utils import LoRABatchInfo, Phase
 from sglang.srt.lora.workspace import LoraWorkspace
 
-from bdlora_perf.kernels.problem import SCALING, Call, Problem
+from bdlora_perf.kernels.problem import SCALING, Call, Contender, Problem, base_product
 
 # --max-lora-chunk-size of SGLang 0.5.23.
 _CHUNK_SIZE = 16
@@ -79,8 +81,8 @@ def prepare_triton(problem: Problem) -> Call:
     return call
 
 
-def prepare_triton_v2(problem: Problem) -> Call:
-    device, outputs = problem.x_TI.device, problem.case.shape().outputs
+def _triton_v2_runner(problem: Problem) -> tuple[DenseLoraRunner, DensePlan, tuple[int, ...]]:
+    device = problem.x_TI.device
     offsets, tokens = tuple(problem.output_starts), len(problem.slots_T)
     runner = DenseLoraRunner(LoraWorkspace(), max_loras=problem.num_slots, device=device)
     runner.begin_batch(
@@ -93,11 +95,44 @@ def prepare_triton_v2(problem: Problem) -> Call:
     )
     plan = runner.plan_for(DenseLoraKind.LINEAR, problem.rank, problem.x_TI.shape[1], offsets[-1], num_tokens=tokens)
 
+    return runner, plan, offsets
+
+
+def prepare_triton_v2(problem: Problem) -> Call:
+    """The two kernels one after the other."""
+    runner, plan, offsets = _triton_v2_runner(problem)
+
     def call(n: int) -> None:
-        bridge = runner.run_a(problem.x_TI, problem.a_NSRI[n], stack=len(outputs), plan=plan)
+        bridge = runner.run_a(problem.x_TI, problem.a_NSRI[n], stack=len(offsets) - 1, plan=plan)
         runner.run_b(bridge, problem.b_NSOr[n], problem.y_TO, offsets=offsets, plan=plan)
 
     return call
 
 
+def prepare_triton_v2_with_base(problem: Problem) -> Call:
+    """As its runner does it: the plan says what runs beside the base layer's product."""
+    (runner, plan, offsets), product = _triton_v2_runner(problem), base_product(problem)
+
+    def call(n: int) -> None:
+        a, b = problem.a_NSRI[n], problem.b_NSOr[n]
+        runner.apply(problem.x_TI, lambda: product(n), plan, a=a, b=b, offsets=offsets)
+
+    return call
+
+
+def _after_base(prepare: Contender, problem: Problem) -> Call:
+    add, product = prepare(problem), base_product(problem)
+
+    def call(n: int) -> None:
+        product(n)
+        add(n)
+
+    return call
+
+
 CONTENDERS = {"csgmv": prepare_csgmv, "triton": prepare_triton, "triton_v2": prepare_triton_v2}
+WITH_BASE = {
+    "csgmv_with_base": partial(_after_base, prepare_csgmv),
+    "triton_with_base": partial(_after_base, prepare_triton),
+    "triton_v2_with_base": prepare_triton_v2_with_base,
+}
