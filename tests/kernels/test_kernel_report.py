@@ -74,7 +74,10 @@ def test_report() -> None:
     }
     report = make_report(raw)
     assert report.kind == "kernels" and report.baselines == ("csgmv", "triton", "triton_v2")
-    assert report.systems["csgmv_r2"].label == "SGLang csgmv (default blocks where it has none tuned), plain LoRA, half the BD rank"
+    assert (
+        report.systems["csgmv_r2"].label
+        == "SGLang csgmv (default blocks where it has none tuned), plain LoRA, half the BD rank"
+    )
     (first, *_) = report.samples
     # 6 MB in 2 us are 3000 GB/s, 3 MFLOP in 2 us are 1.5 TFLOP/s.
     assert first.metrics == pytest.approx(
