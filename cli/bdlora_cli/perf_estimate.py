@@ -92,21 +92,23 @@ def _print_candidates(console: Console, estimated: "RankEstimate") -> None:
 
     table = Table(
         title=f"Estimate: BD-LoRA in place of LoRA r = {estimated.rank}",
-        caption="params: of LoRA's; S-LoRA, triton_v2: output throughput over theirs;\nMiB: one adapter on one GPU",
+        caption="size: parameters over LoRA's; S-LoRA, triton_v2: output throughput over theirs,\n"
+        "at least and at most, by assumption; MiB: one adapter on one GPU",
     )
     table.add_column("adapter", no_wrap=True)
-    for column in ("rank", "params", "S-LoRA", "triton_v2", "MiB"):
+    for column in ("rank", "size", "S-LoRA", "triton_v2", "MiB"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("for", no_wrap=True)
     suggested = [candidate for candidate in estimated.candidates if candidate.purpose is not None]
     for candidate in estimated.candidates:
         purpose = candidate.purpose.value if candidate.purpose else "" if candidate.fits else "no fit"
-        ratios = (candidate.parameter_ratio, candidate.over_s_lora, candidate.over_replicated)
+        speed_ups = (candidate.over_s_lora, candidate.over_replicated)
         table.add_row(
             candidate.serving.label,
             str(candidate.serving.rank),
-            *(f"{ratio:.2f}x" for ratio in ratios),
-            f"{candidate.adapter_bytes / 2**20:.1f}",
+            f"{candidate.parameter_ratio:.2f}",
+            *(f"{low:.2f}-{high:.2f}" for low, high in speed_ups),
+            f"{candidate.adapter_bytes / 2**20:.0f}",
             purpose,
             style="bold" if candidate.purpose else None,
         )
@@ -119,24 +121,24 @@ def _print_candidates(console: Console, estimated: "RankEstimate") -> None:
 
 
 def _print_headlines(console: Console, headlines: "tuple[Comparison, ...]") -> None:
+    from bdlora_perf.estimate.lora_cost import ASSUMPTIONS
     from bdlora_perf.estimate.model_shape import SHAPES
-    from bdlora_perf.estimate.paper import ASSUMED, KNOWN, LACKING, TOLERANCE
+    from bdlora_perf.estimate.paper import ASSUMED, KNOWN, LACKING
 
     table = Table(title="Estimate: the paper's speed-ups over S-LoRA (8 x A100, TP 8, up to) beside ours")
     table.add_column("model", no_wrap=True)
-    for column in ("params", "paper", "estimate", "off by", f"in {TOLERANCE:.0%}"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("largest at")
+    for column in ("params", "paper", *(known.name for known in ASSUMPTIONS), "needs [us]"):
+        table.add_column(column, justify="right")
     for comparison in headlines:
+        needed = comparison.needed_latency
         table.add_row(
             SHAPES[comparison.headline.model].name,
             f"{comparison.parameter_ratio:.2f}x",
             f"{comparison.headline.speed_up:.2f}x",
-            f"{comparison.speed_up:.2f}x",
-            f"{comparison.deviation:+.0%}",
-            "yes" if comparison.within_tolerance else "[yellow]no[/yellow]",
-            comparison.setting,
+            *(f"{speed_up:.2f}x" for speed_up in comparison.speed_ups.values()),
+            "-" if needed is None else f"{needed * 1e6:.0f}",
         )
     console.print(table)
+    console.print("Needs: the latency of each of LoRA's collectives that would give the paper's figure.")
     for text in (KNOWN, ASSUMED, LACKING):
         console.print(text, highlight=False)

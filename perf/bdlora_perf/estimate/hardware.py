@@ -19,15 +19,12 @@ class Constant:
 class Link:
     """How the GPUs of one machine are connected.
 
-    ``bandwidth`` is what one GPU sends in a ring; ``hop_ll``, ``hop_ll128`` and ``hop_simple`` are the latency of one
-    step of the ring in NCCL's three protocols. ``custom_all_reduce``: engines have a kernel of their own for it.
+    ``bandwidth`` is what one GPU can send in a ring; what NCCL reaches of it was measured on NVLink 3.
+    ``custom_all_reduce``: engines have a kernel of their own for it.
     """
 
     name: str
     bandwidth: Constant
-    hop_ll: Constant
-    hop_ll128: Constant
-    hop_simple: Constant
     custom_all_reduce: bool
 
 
@@ -56,7 +53,6 @@ class GPU:
         return self.memory.value * 1e9
 
 
-_TUNING = "github.com/NVIDIA/nccl, src/graph/tuning.cc at b647562"
 _TOPO = "github.com/NVIDIA/nccl, src/graph/topo.h"
 _MAMF = "github.com/stas00/ml-engineering, compute/accelerator, maximum achievable matmul FLOPS"
 
@@ -72,29 +68,24 @@ KERNEL_START = Constant(
     "hazyresearch.stanford.edu/blog/2025-05-27-no-bubbles: start and end of a kernel in a CUDA graph on an H100; "
     "assumption: the same on every GPU, and prefill runs in CUDA graphs too",
 )
-NCCL_BASE_LL = Constant(6.6, "us", f"{_TUNING}: baseLat, ring, LL")
-NCCL_BASE_LL128 = Constant(14.0, "us", f"{_TUNING}: baseLat, ring, LL128")
-NCCL_BASE_SIMPLE = Constant(8.4, "us", f"{_TUNING}: baseLat, ring, Simple")
-NCCL_LL_CAP = Constant(87.7, "GB/s", f"{_TUNING}: llMaxBws, one node, Ampere and Hopper")
-NCCL_LL128_SHARE = Constant(0.92, "of the ring's bandwidth", f"{_TUNING}: ring, LL128")
-
-_CUSTOM = "github.com/sgl-project/sglang/pull/2904, custom all-reduce on H100, TP 2/4/8"
-# By TP degree: latency of 512 bytes and of 1 MiB.
-CUSTOM_ALL_REDUCE: Mapping[int, tuple[Constant, Constant]] = {
-    2: (Constant(3.7, "us", f"{_CUSTOM}: 512 bytes"), Constant(19.9, "us", f"{_CUSTOM}: 1 MiB")),
-    4: (Constant(4.8, "us", f"{_CUSTOM}: 512 bytes"), Constant(31.1, "us", f"{_CUSTOM}: 1 MiB")),
-    8: (Constant(5.9, "us", f"{_CUSTOM}: 512 bytes"), Constant(33.8, "us", f"{_CUSTOM}: 1 MiB")),
+_MEASURED = "nccl-tests on 8 x A100, NCCL 2.17, under CUDA graphs"
+# By collective: latency at 1 KiB, and bus bandwidth of large messages.
+NCCL: Mapping[str, tuple[Constant, Constant]] = {
+    "all-gather": (Constant(12.5, "us", f"{_MEASURED}: 1 KiB"), Constant(254, "GB/s", f"{_MEASURED}: bus bandwidth")),
+    "all-reduce": (Constant(17.0, "us", f"{_MEASURED}: 1 KiB"), Constant(231, "GB/s", f"{_MEASURED}: bus bandwidth")),
 }
+CUSTOM_ALL_REDUCE = Constant(
+    10.1, "us", "vLLM's custom all-reduce on 8 x A100, 1 KiB, beside NCCL's 17.0 (SGLang's on 8 x H100: 5.9)"
+)
 CUSTOM_ALL_REDUCE_MAX = Constant(8, "MiB", "SGLang 0.5.23, custom_all_reduce.py: _MAX_CAR_SIZE")
+# Between machines nothing was measured.
+MACHINE_GPUS = 8
 
 
 def _nvlink(name: str, links: int, each: float, macro: str) -> Link:
     return Link(
         name,
         Constant(links * each, "GB/s", f"{_TOPO}: {macro}_NVLINK_BW {each} x {links} links"),
-        Constant(0.6, "us", f"{_TUNING}: hwLat, NVLink, ring, LL"),
-        Constant(1.9, "us", f"{_TUNING}: hwLat, NVLink, ring, LL128"),
-        Constant(3.4, "us", f"{_TUNING}: hwLat, NVLink, ring, Simple"),
         custom_all_reduce=True,
     )
 
@@ -105,9 +96,6 @@ NVLINK5 = _nvlink("NVLink 5, NVSwitch", 18, 40.1, "SM100")
 PCIE4 = Link(
     "PCIe 4.0 x16",
     Constant(24.0, "GB/s", "github.com/NVIDIA/nccl, src/graph/topo.cc: kvDictPciGen, 16 lanes of 16 GT/s"),
-    Constant(1.0, "us", f"{_TUNING}: hwLat, PCI, ring, LL"),
-    Constant(2.5, "us", f"{_TUNING}: hwLat, PCI, ring, LL128"),
-    Constant(5.7, "us", f"{_TUNING}: hwLat, PCI, ring, Simple"),
     # SGLang 0.5.23 refuses its own kernel for more than two GPUs without NVLink.
     custom_all_reduce=False,
 )
@@ -165,13 +153,9 @@ def sources(gpu: GPU) -> Iterator[tuple[str, Constant]]:
                 yield f"{'link ' if owner is gpu.link else ''}{field.name.replace('_', ' ')}", value
     yield "memory efficiency", MEMORY_EFFICIENCY
     yield "kernel start", KERNEL_START
-    yield "NCCL base, LL", NCCL_BASE_LL
-    yield "NCCL base, LL128", NCCL_BASE_LL128
-    yield "NCCL base, Simple", NCCL_BASE_SIMPLE
-    yield "NCCL cap, LL", NCCL_LL_CAP
-    yield "NCCL share, LL128", NCCL_LL128_SHARE
+    for kind, (latency, bus) in NCCL.items():
+        yield f"{kind}, latency", latency
+        yield f"{kind}, bandwidth (in proportion to the link's)", bus
     if gpu.link.custom_all_reduce:
-        for tp, (short, long) in CUSTOM_ALL_REDUCE.items():
-            yield f"custom all-reduce, TP {tp}, 512 bytes", short
-            yield f"custom all-reduce, TP {tp}, 1 MiB", long
+        yield "custom all-reduce, latency", CUSTOM_ALL_REDUCE
         yield "custom all-reduce, largest message", CUSTOM_ALL_REDUCE_MAX

@@ -10,6 +10,7 @@ With s the part of a module that a rank owns (1 / tp; more where KV heads are co
 | fully sharded: S-LoRA | 1/tp | s | s | 1/tp | all-gather (column), all-reduce (row) of the shrink output |
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -43,6 +44,35 @@ _EXCHANGES: Mapping[tuple[Sharding, TPSide], _Exchange] = {
     (Sharding.FULLY_SHARDED, TPSide.COLUMN): _Exchange(Kind.ALL_GATHER, 4, 1),
     (Sharding.FULLY_SHARDED, TPSide.ROW): _Exchange(Kind.ALL_REDUCE, 4, 0),
 }
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What the kernels of LoRA do, where it is not known.
+
+    Attributes:
+        name: in a table.
+        launches: kernels of one decoder layer as vLLM starts them, 4 zero fills, 7 shrinks and 7 expands, in place of a
+            shrink and an expand for each of the four fused layers.
+        read_for_every_token: in a decode step each token reads its adapter anew, though others have the same.
+        latency: seconds of each collective that LoRA adds, in place of the measured ones.
+    """
+
+    name: str
+    launches: bool = False
+    read_for_every_token: bool = False
+    latency: float | None = None
+
+
+# At the speed of memory or of arithmetic.
+IDEAL = Assumptions("ideal kernels")
+ASSUMPTIONS = (
+    IDEAL,
+    Assumptions("vLLM's starts", launches=True),
+    Assumptions("and re-read", launches=True, read_for_every_token=True),
+)
+# Of vLLM, beside those that `_lora_layer` counts.
+VLLM_EXTRA_KERNELS = 4 + 7 + 7 - 2 * 4
 
 
 @dataclass(frozen=True)
@@ -112,7 +142,8 @@ class LocalFactors:
 def local_factors(module: Linear, serving: Serving, tp: int) -> LocalFactors:
     rank, column = serving.rank, module.side is TPSide.COLUMN
     if serving.sharding is Sharding.FULLY_SHARDED:
-        shrunk, outputs = (rank / tp, module.local_outputs) if column else (rank, module.outputs / tp)
+        chunk = math.ceil(rank / tp)
+        shrunk, outputs = (chunk, module.local_outputs) if column else (rank, module.outputs / tp)
         return LocalFactors(shrunk * module.local_inputs, outputs * rank, shrunk, rank, outputs)
     # Block-diagonal is the factor on the side that the ranks cut; the other one holds whole blocks.
     met = rank * max(module.shard, 1 / serving.nblocks)

@@ -44,6 +44,7 @@ class ModelShape:
     head_dim: int
     intermediate: int
     vocabulary: int
+    tied: bool = False
 
     def check_tp(self, tp: int) -> None:
         """Raise `BDLoRAError` unless tensor parallelism can cut the model in ``tp`` even parts."""
@@ -81,9 +82,10 @@ class ModelShape:
         return (linear for layer in self.fused_layers(tp) for linear in layer)
 
     def weight_bytes(self, tp: int) -> float:
-        """Bytes of the weights on one GPU: linear modules, embedding and output head."""
+        """Bytes of the weights on one GPU: linear modules, embedding and output head (once where they are tied)."""
         linears = sum(linear.inputs * linear.outputs * linear.shard for linear in self.linears(tp))
-        return (self.layers * linears + 2 * self.vocabulary * self.hidden / tp) * BYTES_PER_WEIGHT
+        tables = 1 if self.tied else 2
+        return (self.layers * linears + tables * self.vocabulary * self.hidden / tp) * BYTES_PER_WEIGHT
 
     def kv_bytes_per_token(self, tp: int) -> float:
         """Bytes of the KV cache on one GPU for one position."""
@@ -145,6 +147,7 @@ class _Config(BaseModel):
     head_dim: int | None = Field(default=None, gt=0)
     intermediate_size: int = Field(gt=0)
     vocab_size: int = Field(gt=0)
+    tie_word_embeddings: bool = False
     num_experts: None = None
     num_local_experts: None = None
     n_routed_experts: None = None
@@ -169,4 +172,5 @@ def _from_config(path: Path) -> ModelShape:
         head_dim=config.head_dim or config.hidden_size // config.num_attention_heads,
         intermediate=config.intermediate_size,
         vocabulary=config.vocab_size,
+        tied=config.tie_word_embeddings,
     )

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from bdlora_perf.estimate.lora_cost import Serving, adapter_bytes, bd_lora, replicated, s_lora
+from bdlora_perf.estimate.lora_cost import ASSUMPTIONS, Serving, adapter_bytes, bd_lora, replicated, s_lora
 from bdlora_perf.estimate.roofline import Deployment
 from bdlora_perf.estimate.traffic import Traffic
 from bdlora_sglang.errors import BDLoRAError
@@ -25,15 +25,14 @@ class Candidate:
     """BD-LoRA of one rank and block count; ``purpose`` is what it is suggested for, if it is.
 
     ``parameter_ratio``, ``over_s_lora`` and ``over_replicated`` are against LoRA of rank ``lora_rank``: parameters, and
-    output throughput. ``adapter_bytes`` are one adapter's on one GPU.
+    output throughput, the smallest and the largest over `ASSUMPTIONS`. ``adapter_bytes`` are one adapter's on one GPU.
     """
 
     serving: Serving
     lora_rank: int
     parameter_ratio: float
-    output_throughput: float
-    over_s_lora: float
-    over_replicated: float
+    over_s_lora: tuple[float, float]
+    over_replicated: tuple[float, float]
     adapter_bytes: float
     fits: bool
     purpose: Purpose | None = None
@@ -73,34 +72,39 @@ def candidates(deployment: Deployment, traffic: Traffic, rank: int, blocks: Sequ
 
 def _candidates(deployment: Deployment, traffic: Traffic, rank: int, blocks: Sequence[int]) -> Iterator[Candidate]:
     shape, tp = deployment.shape, deployment.tp
-    s_lora_throughput = deployment.requests(s_lora(rank), traffic).output_throughput
-    replicated_throughput = deployment.requests(replicated(rank), traffic).output_throughput
     for multiple in MULTIPLES:
         for nblocks in blocks:
             if multiple * rank % nblocks:
                 continue
             label = f"BD-LoRA {multiple}r, {nblocks} block{'s' if nblocks > 1 else ''}"
             serving = bd_lora(multiple * rank, nblocks, f"bd-{multiple}r-{nblocks}b", label)
-            throughput = deployment.requests(serving, traffic).output_throughput
             yield Candidate(
                 serving,
                 rank,
                 serving.parameters(shape) / replicated(rank).parameters(shape),
-                throughput,
-                throughput / s_lora_throughput,
-                throughput / replicated_throughput,
+                _over(deployment, traffic, serving, s_lora(rank)),
+                _over(deployment, traffic, serving, replicated(rank)),
                 adapter_bytes(shape, serving, tp),
                 deployment.fits(serving, traffic),
             )
+
+
+def _over(deployment: Deployment, traffic: Traffic, serving: Serving, other: Serving) -> tuple[float, float]:
+    """How many times the other's output throughput, at least and at most."""
+    ratios = [
+        known.requests(serving, traffic).output_throughput / known.requests(other, traffic).output_throughput
+        for known in (replace(deployment, assumptions=assumptions) for assumptions in ASSUMPTIONS)
+    ]
+    return min(ratios), max(ratios)
 
 
 def _with_purposes(found: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
     low, high = SAME_PARAMETERS
     same = [c for c in found if c.fits and low <= c.parameter_ratio <= high]
     # A tenth of a percent is no difference: then the larger adapter.
-    fastest = max(same, key=lambda c: (round(c.over_s_lora, 3), c.parameter_ratio), default=None)
-    gaining = [c for c in found if c.fits and min(c.over_s_lora, c.over_replicated) > 1]
-    largest = max(gaining, key=lambda c: (c.parameter_ratio, c.over_s_lora), default=None)
+    fastest = max(same, key=lambda c: (round(c.over_s_lora[0], 3), c.parameter_ratio), default=None)
+    gaining = [c for c in found if c.fits and min(c.over_s_lora[0], c.over_replicated[0]) > 1]
+    largest = max(gaining, key=lambda c: (c.parameter_ratio, c.over_s_lora[0]), default=None)
     # The smaller purpose goes last: where one candidate serves both, it is suggested for speed.
     purposes = {largest: Purpose.QUALITY, fastest: Purpose.SPEED}
     return tuple(replace(c, purpose=purposes.get(c)) for c in found)

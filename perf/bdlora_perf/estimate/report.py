@@ -17,6 +17,11 @@ from bdlora_perf.report.schema import Metric, Report, Sample, System, Value
 from bdlora_sglang.errors import BDLoRAError
 
 BASELINES = ("s-lora", "replicated")
+ASSUMPTIONS_NOTE = (
+    "Ranges are over assumptions on LoRA's kernels: at the speed of memory or arithmetic; started as vLLM starts them, "
+    "4 zero fills, 7 shrinks and 7 expands a layer; and adapters read again for every token of a decode step. The "
+    "figures of steps are those of the first."
+)
 _PARTS = {
     "weights": "base weights",
     "attention": "attention",
@@ -65,13 +70,13 @@ def make_estimate(
 
     Raises:
         BDLoRAError: an unknown model or GPU, a rank below 1, a TP degree or block count that does not divide evenly, or
-            weights that do not fit the GPU.
+            weights and KV cache that do not fit the GPU.
     """
     deployment = Deployment(load_shape(model), find_gpu(gpu), tp)
-    weights = deployment.memory_bytes(BASE, traffic)["weights"]
-    if weights > deployment.gpu.memory_bytes:
+    needed = sum(deployment.memory_bytes(BASE, traffic).values())
+    if needed > deployment.gpu.memory_bytes:
         raise BDLoRAError(
-            f"--gpu {gpu} --tp {tp}: found {weights / 1e9:.0f} GB of weights per GPU, expected at most "
+            f"--gpu {gpu} --tp {tp}: found {needed / 1e9:.0f} GB of weights and KV cache per GPU, expected at most "
             f"{deployment.gpu.memory.value:.0f} GB"
         )
     if not ranks or min(ranks) < 1:
@@ -80,7 +85,9 @@ def make_estimate(
     for rank in sorted(set(ranks)):
         found = candidates(deployment, traffic, rank, sorted(set(blocks)) or default_blocks(tp))
         systems = (BASE, *(c.serving for c in found), replicated(rank), csgmv(rank), s_lora(rank))
-        timed = tuple((serving, deployment.requests(serving, traffic)) for serving in systems)
+        # What does not fit has no throughput.
+        fitting = [serving for serving in systems if deployment.fits(serving, traffic)]
+        timed = tuple((serving, deployment.requests(serving, traffic)) for serving in fitting)
         estimates.append(RankEstimate(rank, timed, found))
     return Estimate(deployment, traffic, tuple(estimates), compare_headlines())
 
@@ -119,7 +126,7 @@ def make_report(made: Estimate, command: str, seconds: float) -> Report:
         },
         systems=_systems(made),
         metrics=METRICS,
-        baselines=BASELINES,
+        baselines=tuple(name for name in BASELINES if any(name == s.name for e in made.ranks for s, _ in e.systems)),
         samples=tuple(_samples(made)),
         notes=tuple(notes(made)),
     )
@@ -133,7 +140,14 @@ def notes(made: Estimate) -> list[str]:
         for candidate in estimated.candidates
         if candidate.purpose is not None
     ]
+    lines += [
+        f"{c.serving.label} does not fit with {made.traffic.adapters} adapters of rank {c.serving.rank}: no throughput."
+        for estimated in made.ranks
+        for c in estimated.candidates
+        if not c.fits
+    ]
     lines += [f"{comparison.describe()}." for comparison in made.headlines]
+    lines.append(ASSUMPTIONS_NOTE)
     lines += [KNOWN, ASSUMED, LACKING]
     return lines + source_lines(made.deployment.gpu)
 

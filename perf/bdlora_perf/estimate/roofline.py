@@ -19,10 +19,11 @@ from bdlora_perf.estimate.base_cost import (
     prefill_batch,
 )
 from bdlora_perf.estimate.collectives import collective_seconds
-from bdlora_perf.estimate.hardware import GPU, KERNEL_START
-from bdlora_perf.estimate.lora_cost import Serving, adapter_bytes, lora_layers
+from bdlora_perf.estimate.hardware import GPU, KERNEL_START, MACHINE_GPUS
+from bdlora_perf.estimate.lora_cost import IDEAL, VLLM_EXTRA_KERNELS, Assumptions, Serving, adapter_bytes, lora_layers
 from bdlora_perf.estimate.model_shape import ModelShape
 from bdlora_perf.estimate.traffic import Traffic
+from bdlora_sglang.errors import BDLoRAError
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,11 @@ class Deployment:
     shape: ModelShape
     gpu: GPU
     tp: int
+    assumptions: Assumptions = IDEAL
 
     def __post_init__(self) -> None:
+        if self.tp > MACHINE_GPUS:
+            raise BDLoRAError(f"--tp: found {self.tp}, expected at most {MACHINE_GPUS}, the GPUs of one machine")
         self.shape.check_tp(self.tp)
 
     def memory_bytes(self, serving: Serving, traffic: Traffic) -> dict[str, float]:
@@ -100,9 +104,13 @@ class Deployment:
     def step(self, serving: Serving, batch: Batch, distinct: float) -> Step:
         """One forward pass; ``distinct`` adapters are in the batch."""
         shape, tp = self.shape, self.tp
-        lora = list(lora_layers(shape, serving, tp, batch.tokens, distinct))
+        known = self.assumptions
+        decodes = batch.tokens == batch.sequences
+        read = batch.tokens if decodes and known.read_for_every_token else distinct
+        lora = list(lora_layers(shape, serving, tp, batch.tokens, read))
         exchanges = [layer.exchange for layer in lora if layer.exchange is not None]
         lora_kernels = sum(len(layer.kernels) + layer.extra_kernels for layer in lora)
+        lora_kernels += VLLM_EXTRA_KERNELS if lora and known.launches else 0
         start = KERNEL_START.value * 1e-6
         return Step(
             weights=shape.layers * self._seconds(*dense_work(shape, tp, batch))
@@ -113,7 +121,8 @@ class Deployment:
             ),
             launches=(shape.layers * KERNELS_PER_LAYER + KERNELS_PER_STEP) * start,
             lora=shape.layers * self._seconds(*(kernel for layer in lora for kernel in layer.kernels)),
-            lora_collectives=shape.layers * sum(collective_seconds(c, self.gpu.link, tp) for c in exchanges),
+            lora_collectives=shape.layers
+            * sum(collective_seconds(c, self.gpu.link, tp, known.latency) for c in exchanges),
             lora_launches=shape.layers * lora_kernels * start,
         )
 

@@ -5,16 +5,13 @@ from enum import Enum
 
 from bdlora_sglang.errors import BDLoRAError
 
-# SGLang's load generator: --lora-zipf-alpha; weights of `skewed` are alpha**-i.
-_SKEW = 1.5
-
 
 class Distribution(str, Enum):
-    """How requests choose their adapter, as in SGLang's load generator: in turn, at random, or at random by weight."""
+    """Who asks for which adapter, as in ``bdlora perf serve``: in turn, evenly, or for the i-th with weight 1 / i."""
 
     DISTINCT = "distinct"
     UNIFORM = "uniform"
-    SKEWED = "skewed"
+    ZIPF = "zipf"
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,6 @@ class Traffic:
         """Different adapters among that many requests, on average."""
         if self.distribution is Distribution.DISTINCT:
             return min(requests, self.adapters)
-        base = _SKEW if self.distribution is Distribution.SKEWED else 1.0
-        weights = [base**-i for i in range(self.adapters)]
+        weights = [1 / (i + 1) if self.distribution is Distribution.ZIPF else 1.0 for i in range(self.adapters)]
         whole = sum(weights)
         return sum(1 - (1 - weight / whole) ** requests for weight in weights)

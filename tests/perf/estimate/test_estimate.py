@@ -9,9 +9,9 @@ from typer.testing import CliRunner
 
 from bdlora_cli.perf_estimate import estimate as command
 from bdlora_perf.estimate.hardware import GPUS
-from bdlora_perf.estimate.lora_cost import adapter_bytes, bd_lora
+from bdlora_perf.estimate.lora_cost import ASSUMPTIONS
 from bdlora_perf.estimate.model_shape import SHAPES
-from bdlora_perf.estimate.paper import HEADLINES, LACKING, TOLERANCE, Comparison, compare_headlines
+from bdlora_perf.estimate.paper import HEADLINES, Comparison, compare_headlines
 from bdlora_perf.estimate.recommend import Purpose, candidates
 from bdlora_perf.estimate.report import METRICS, estimate
 from bdlora_perf.estimate.roofline import Deployment
@@ -28,27 +28,21 @@ def comparisons() -> tuple[Comparison, ...]:
 
 
 @pytest.mark.parametrize(
-    ("index", "estimated", "within"),
+    ("index", "speed_ups", "needed"),
     # Pinned as they came out. None of the model's constants was fitted to the paper's figures: do not start now.
-    [(0, 1.21, False), (1, 1.20, True), (2, 1.49, True), (3, 1.49, True)],
+    [(0, (1.26, 1.25, 1.25), 35), (1, (1.26, 1.24, 1.24), 10), (2, (1.59, 1.51, 1.51), 12), (3, (1.59, 1.51, 1.51), 5)],
     ids=["70b-2r", "70b-4r", "8b-2r", "8b-4r"],
 )
-def test_the_papers_headlines(comparisons: tuple[Comparison, ...], index: int, estimated: float, within: bool) -> None:
+def test_the_papers_headlines(
+    comparisons: tuple[Comparison, ...], index: int, speed_ups: tuple[float, ...], needed: float
+) -> None:
+    """A range by assumption, and what the first would take: 70B at 2r takes twice the latency that is measured."""
     comparison = comparisons[index]
     assert comparison.headline is HEADLINES[index]
-    assert comparison.speed_up == pytest.approx(estimated, abs=0.005)
+    assert list(comparison.speed_ups) == [known.name for known in ASSUMPTIONS]
+    assert tuple(comparison.speed_ups.values()) == pytest.approx(speed_ups, abs=0.006)
     assert comparison.parameter_ratio == pytest.approx(comparison.headline.parameter_ratio, abs=0.0051)
-    assert comparison.within_tolerance is within is (abs(estimated / comparison.headline.speed_up - 1) <= TOLERANCE)
-
-
-def test_what_the_model_lacks_is_as_said() -> None:
-    deployment = Deployment(SHAPES["llama-3.1-70b"], GPUS["a100"], 8)
-    traffic = Traffic(concurrency=1, adapters=1)
-    once, twice = (deployment.requests(bd_lora(r, 8), traffic).e2e_latency for r in (128, 256))
-    assert f"{twice / once - 1:.0%}" == "1%" and "becomes 1% slower" in LACKING
-    share = adapter_bytes(deployment.shape, bd_lora(128, 8), 8) / deployment.shape.weight_bytes(8)
-    assert f"{share:.0%}" == "1%" and "factors are 1%" in LACKING
-    assert f"{1.79 / 1.23:.2f}" == "1.46" and "1.46 times slower" in LACKING
+    assert comparison.needed_latency == pytest.approx(needed * 1e-6, abs=6e-7)
 
 
 def test_suggestions() -> None:
@@ -58,9 +52,10 @@ def test_suggestions() -> None:
     # The paper's own choice for the same quality, and the most parameters that still gain.
     assert suggested[Purpose.SPEED] == (128, 8)
     larger = next(c for c in found if c.purpose is Purpose.QUALITY)
-    assert larger.over_s_lora > 1 and larger.over_replicated > 1
+    assert larger.over_s_lora[0] > 1 and larger.over_replicated[0] > 1
+    assert larger.over_s_lora[0] < larger.over_s_lora[1]
     rest = [c for c in found if c.parameter_ratio > larger.parameter_ratio]
-    assert all(min(c.over_s_lora, c.over_replicated) <= 1 for c in rest)
+    assert all(min(c.over_s_lora[0], c.over_replicated[0]) <= 1 for c in rest)
 
 
 def test_nothing_is_suggested_that_does_not_fit() -> None:
@@ -68,6 +63,13 @@ def test_nothing_is_suggested_that_does_not_fit() -> None:
     deployment = Deployment(SHAPES["llama-3.1-70b"], GPUS["a100"], 8)
     found = candidates(deployment, Traffic(adapters=10_000), 64, (8,))
     assert found and not any(c.fits or c.purpose for c in found)
+
+
+def test_what_does_not_fit_has_no_throughput() -> None:
+    """Two hundred adapters on 8 A100: S-LoRA's of rank 64 fit, those that each rank holds a whole factor of do not."""
+    report = estimate("llama-3.1-70b", "a100", 8, Traffic(adapters=200), (64,), (8,))
+    assert "s-lora" in report.systems and "replicated" not in report.systems and report.baselines == ("s-lora",)
+    assert any("BD-LoRA 4r, 8 blocks does not fit with 200 adapters of rank 256" in note for note in report.notes)
 
 
 def test_report() -> None:
@@ -84,7 +86,8 @@ def test_report() -> None:
             assert sum(parts) == pytest.approx(sample.metrics["latency_ms"])
     notes = "\n".join(report.notes)
     assert "Suggested for speed" in notes and "NVIDIA A100 data sheet" in notes
-    assert "paper 1.79x, estimate 1.21x (-33%, not within 15%)" in notes
+    assert "paper up to 1.79x, estimate up to 1.25x to 1.26x, by assumption" in notes
+    assert "it needs 35 us for each of LoRA's collectives, where 12.5 to 17 are measured" in notes
 
 
 def test_the_same_arguments_give_the_same_figures() -> None:
@@ -99,13 +102,18 @@ def test_the_same_arguments_give_the_same_figures() -> None:
         ({"model": "gpt-9"}, "--model gpt-9: found neither"),
         ({"gpu": "v100"}, "--gpu: found 'v100', expected one of a100"),
         ({"tp": 3}, "--tp: found 3 and heads of 32"),
-        ({"model": "llama-3.1-405b"}, "found 101 GB of weights per GPU, expected at most 80 GB"),
+        ({"model": "llama-3.1-405b"}, "GB of weights and KV cache per GPU, expected at most 80 GB"),
+        (
+            {"traffic": Traffic(concurrency=8000, input_len=9000)},
+            "GB of weights and KV cache per GPU, expected at most 80",
+        ),
+        ({"tp": 16}, "--tp: found 16, expected at most 8, the GPUs of one machine"),
         ({"ranks": (0,)}, "--rank: found 0, expected at least 1"),
         ({"blocks": (0,)}, "--blocks: found 0, expected at least 1"),
         ({"blocks": (3,), "ranks": (48,)}, "--blocks: found 3 on TP 8"),
         ({"blocks": (128,)}, "--blocks: found 128 at LoRA rank 16, expected a divisor of 32 or 64"),
     ],
-    ids=["model", "gpu", "tp", "memory", "rank", "no-blocks", "blocks-and-tp", "blocks-and-rank"],
+    ids=["model", "gpu", "tp", "memory", "cache", "machines", "rank", "no-blocks", "blocks-and-tp", "blocks-and-rank"],
 )
 def test_what_is_refused(arguments: dict[str, object], message: str) -> None:
     model, gpu, tp, traffic = SMALL
@@ -131,7 +139,7 @@ def test_command_labels_everything_as_an_estimate(tmp_path: Path) -> None:
     frames = [i for i, line in enumerate(lines) if line.lstrip().startswith("┏")]
     assert len(frames) == 3
     assert all("Estimate" in lines[i - 1] + lines[i - 2] for i in frames)
-    for figure in ("1.79x", "1.23x", "1.63x", "1.30x", "-33%", "-2%", "-8%", "+14%"):
+    for figure in ("1.79x", "1.23x", "1.63x", "1.30x", "1.26x", "1.59x"):
         assert figure in result.output
     assert "Estimate: constants for A100" in result.output and "NVIDIA A100 data sheet" in result.output
     assert load_report(folder).estimate
