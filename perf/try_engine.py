@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from bdlora_perf.reference import PeftReference
 from bdlora_perf.synthetic import make_adapter, make_model
+from bdlora_perf.synthetic.reference import PeftReference
 
 SPECS: dict[str, dict[str, Any]] = {
     "plain-r16": {"rank": 16},

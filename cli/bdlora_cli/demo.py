@@ -127,7 +127,7 @@ def _equal_to_peft(model: Path, requests: Sequence[Request]) -> list[bool]:
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
-    from bdlora_perf.reference import PeftReference
+    from bdlora_perf.synthetic.reference import PeftReference
 
     logging.disable_progress_bar()
     prompt = AutoTokenizer.from_pretrained(model).encode(PROMPT)

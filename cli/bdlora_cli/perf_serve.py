@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,18 +12,21 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from bdlora_cli.perf_output import SYNTHETIC, check_output, make_synthetic_model, print_report
+from bdlora_perf.serve.trace import read_trace
 from bdlora_perf.serve.workload import DISTRIBUTIONS, PRESETS, Distribution, Preset
 from bdlora_sglang.errors import BDLoRAError
 from bdlora_sglang.model_names import resolve_model
 
 if TYPE_CHECKING:
-    from bdlora_perf.serve.benchmark import ServeOptions
+    from bdlora_perf.report.schema import Report
+    from bdlora_perf.serve.options import ServeOptions
 
 _HELP = """Measure throughput and latency of serving many LoRA adapters, system against system.
 
-Starts each system, or takes running servers (--url), and drives them with SGLang's own load generator. Options that can
-be given several times make a sweep over every combination. Flags after "--" go to each server that is started. Ctrl-C
-ends the servers and keeps what is measured.
+Starts each system, and vLLM (--start vllm), or takes running servers (--url): any with OpenAI's /v1/completions, or
+SGLang's own API. All are asked by one client. Options that can be given several times make a sweep over every
+combination. Flags after "--" go to each server of ours that is started. Ctrl-C ends the servers and keeps what is
+measured; --resume goes on from there. Exit code 1 when the main baseline failed.
 
 Presets:
 
@@ -41,17 +45,37 @@ def serve(
     layers: Annotated[int, typer.Option(min=1, help="Of the synthetic model.")] = 4,
     tp: Annotated[int | None, typer.Option(min=1, help="TP degree.")] = None,
     systems: Annotated[list[str] | None, typer.Option(help="Systems to start, comma or repeat; default: all.")] = None,
+    param_ratio: Annotated[
+        list[float] | None, typer.Option(help="Also BD-LoRA of at most so many times LoRA's parameters; repeatable.")
+    ] = None,
+    start: Annotated[
+        list[str] | None, typer.Option(metavar="vllm", help="Also vLLM: base model, LoRA, fully sharded LoRA.")
+    ] = None,
+    vllm_environment: Annotated[Path | None, typer.Option(help="The virtual environment that vLLM is in.")] = None,
     url: Annotated[list[str] | None, typer.Option(metavar="NAME=URL", help="A running server; repeatable.")] = None,
+    url_adapter: Annotated[
+        list[str] | None,
+        typer.Option(help="Ask the servers at --url for this adapter; repeatable. Default: all they list."),
+    ] = None,
     concurrency: Annotated[list[int] | None, typer.Option(min=1, help="Requests in flight; repeatable.")] = None,
     request_rate: Annotated[
         list[float] | None, typer.Option(min=0.001, help="Or requests a second, Poisson arrivals; repeatable.")
     ] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Or replay JSON lines: Mooncake's fields, timestamps where there are any.")
+    ] = None,
+    trace_speed: Annotated[float, typer.Option(min=0.001, help="2 replays in half the time.")] = 1.0,
+    find_rate: Annotated[
+        bool, typer.Option("--find-rate", help="Of each point the highest rate within --goodput, by bisection.")
+    ] = False,
     input_len: Annotated[list[int] | None, typer.Option(min=1, help="Tokens of a prompt; repeatable.")] = None,
     output_len: Annotated[list[int] | None, typer.Option(min=1, help="Tokens of an answer; repeatable.")] = None,
     adapters: Annotated[list[int] | None, typer.Option(min=1, help="Number of adapters; repeatable.")] = None,
+    slots: Annotated[int | None, typer.Option(min=1, help="Adapters on the GPU at a time; default: all.")] = None,
     distribution: Annotated[
         list[str] | None, typer.Option(help=f"Which adapter is asked for: {', '.join(DISTRIBUTIONS)}; repeatable.")
     ] = None,
+    alpha: Annotated[float, typer.Option(min=0, help="Of zipf: the i-th adapter has a weight of i ** -alpha.")] = 1.0,
     rank: Annotated[list[int] | None, typer.Option(min=1, help="r, the rank of plain LoRA; repeatable.")] = None,
     num_prompts: Annotated[int | None, typer.Option(min=1, help="Requests of one run.")] = None,
     goodput: Annotated[
@@ -59,6 +83,10 @@ def serve(
     ] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Runs of each point on each system.")] = None,
     seed: Annotated[int, typer.Option(help="Of the models, adapters, prompts and arrivals.")] = 0,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of every server. Default: float32 on a CPU, else bfloat16.")
+    ] = None,
+    kv_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of every server's KV cache.")] = None,
     keep_servers: Annotated[
         bool | None,
         typer.Option(
@@ -69,46 +97,59 @@ def serve(
     output: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("perf-serve"),
     work: Annotated[Path, typer.Option(help="Folder for models, adapters and logs, used again.")] = Path(".perf"),
     force: Annotated[bool, typer.Option("--force", help="Replace a report in the folder.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted sweep in the folder.")] = False,
 ) -> None:
     chosen = _preset(preset)
     base = chosen.sweep
+    other_load = bool(concurrency or request_rate or trace)
     sweep = replace(
         base,
         # One kind of load replaces the other.
-        concurrency=tuple(concurrency or (() if request_rate else base.concurrency)),
-        request_rate=tuple(request_rate or (() if concurrency else base.request_rate)),
+        concurrency=tuple(concurrency or (() if other_load else base.concurrency)),
+        request_rate=tuple(request_rate or (() if other_load else base.request_rate)),
+        trace=read_trace(trace, trace_speed) if trace else (),
         input_len=tuple(input_len or base.input_len),
         output_len=tuple(output_len or base.output_len),
         adapters=tuple(adapters or base.adapters),
+        slots=slots or base.slots,
         distribution=tuple(map(_distribution, distribution)) if distribution else base.distribution,
+        alpha=alpha,
         rank=tuple(rank or base.rank),
         num_prompts=num_prompts or base.num_prompts,
     )
     workloads = sweep.workloads()
-    urls = dict(_named_url(text) for text in url or ())
+    bounds = dict(map(_bound, goodput or chosen.goodput))
     names = [name for text in systems or () for name in text.split(",")]
-    if not names and not urls:
+    starts_servers = bool(names or start or param_ratio or not url)
+    if not names and starts_servers:
         names = list(chosen.systems)
-    starts_servers = bool(systems) or not urls
+    urls = _named_urls(url or ())
+    if urls and len(sweep.rank) > 1:
+        raise BDLoRAError(f"--rank: found {sweep.rank} with --url, expected one: a running server keeps its adapters")
+    if unknown := set(start or ()) - {"vllm"}:
+        raise BDLoRAError(f"--start: found {sorted(unknown)[0]!r}, expected vllm")
     model = model or (chosen.model if starts_servers else None)
     if model not in (None, SYNTHETIC):
         model = resolve_model(str(model))
-    check_output(output, force)
+    before = _before(output) if resume else None
+    check_output(output, force or resume)
 
     # Seconds of imports: after what can be checked without.
     import torch
 
-    from bdlora_perf.serve.benchmark import ServeOptions
-    from bdlora_perf.serve.systems import choose_systems
+    from bdlora_perf.serve.options import ServeOptions
+    from bdlora_perf.serve.systems import VLLM_SYSTEMS, choose_systems
 
     has_gpu = torch.accelerator.is_available()
-    started = choose_systems(names, has_gpu) if starts_servers else []
+    started = (
+        choose_systems(names, has_gpu, param_ratio or (() if systems else chosen.param_ratio)) if starts_servers else []
+    )
+    started += VLLM_SYSTEMS if start else ()
+    if taken := {system.name for system in started} & set(urls):
+        raise BDLoRAError(f"--url: found the name {sorted(taken)[0]!r}, which a system has, expected another")
     flags = list(server_flags or ())
     if model == SYNTHETIC:
         model = make_synthetic_model(work, hidden_size, layers, seed)
-        if not has_gpu and "--dtype" not in flags:
-            # SGLang would serve a float32 model in float16, which CPUs are slow at.
-            flags = ["--dtype", "float32", *flags]
     keep_servers = not has_gpu if keep_servers is None else keep_servers
     if keep_servers and not has_gpu and "--mem-fraction-static" not in flags:
         # SGLang takes what the servers beside it have allocated for its own.
@@ -120,31 +161,58 @@ def serve(
         urls=urls,
         workloads=workloads,
         rounds=rounds or chosen.rounds,
-        goodput=tuple(goodput or chosen.goodput),
+        bounds=bounds,
         keep_servers=keep_servers,
+        # SGLang would serve a float32 model in float16, which CPUs are slow at.
+        dtype=dtype or ("bfloat16" if has_gpu else "float32"),
         server_flags=flags,
         seed=seed,
-        work=work,
+        # vLLM and servers of another checkout run elsewhere.
+        work=work.resolve(),
         command=shlex.join(["bdlora", *sys.argv[1:]]),
+        kv_tokens=kv_tokens,
+        find_rate=find_rate,
+        url_adapters=tuple(url_adapter or ()),
+        vllm_environment=vllm_environment,
+        has_gpu=has_gpu,
     )
-    _measure(options, output)
+    _measure(options, output, before)
 
 
 serve.__doc__ = _HELP
 
 
-def _measure(options: "ServeOptions", output: Path) -> None:
+def _before(output: Path) -> "Report":
+    """The report to go on with: that of the same command."""
+    from bdlora_perf.report.schema import load_report
+
+    report = load_report(output)
+    here, there = (
+        [word for word in words if word != "--resume"] for words in (sys.argv[1:], shlex.split(report.command)[1:])
+    )
+    if here != there:
+        raise BDLoRAError(f"--resume: found another command in {output}, expected the same: {report.command}")
+    return report
+
+
+def _measure(options: "ServeOptions", output: Path, before: "Report | None") -> None:
     from bdlora_perf.report.render import write_report
-    from bdlora_perf.serve.benchmark import run_benchmark
+    from bdlora_perf.report.schema import save_report
+    from bdlora_perf.serve.benchmark import INTERRUPTED, run_benchmark
+    from bdlora_perf.serve.report import main_baseline_failures
 
     console = Console()
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
-        report = run_benchmark(options, _ProgressWatcher(progress, options.num_turns))
-    paths = write_report(report, output)
-    print_report(console, report, paths)
-    if report.notes:
+    with Progress(*columns, TimeRemainingColumn(), console=console, refresh_per_second=1) as progress:
+        watcher = _ProgressWatcher(progress, options.num_turns)
+        report = run_benchmark(options, watcher, before, lambda partial: save_report(partial, output))
+    print_report(console, report, write_report(report, output))
+    if any(note.startswith(INTERRUPTED) for note in report.notes):
         raise typer.Exit(130)
+    if failures := main_baseline_failures(report):
+        raise BDLoRAError(
+            f"{failures[0].system}, the main baseline: found {failures[0].message}, expected it to be measured"
+        )
 
 
 class _ProgressWatcher:
@@ -174,8 +242,25 @@ def _distribution(name: str) -> Distribution:
     raise BDLoRAError(f"--distribution: found {name!r}, expected one of {', '.join(DISTRIBUTIONS)}")
 
 
-def _named_url(text: str) -> tuple[str, str]:
-    name, separator, url = text.partition("=")
-    if not separator or not url.startswith(("http://", "https://")):
-        raise BDLoRAError(f"--url: found {text!r}, expected NAME=http://HOST:PORT")
-    return name, url
+def _named_urls(texts: Sequence[str]) -> dict[str, str]:
+    urls: dict[str, str] = {}
+    for text in texts:
+        name, separator, url = text.partition("=")
+        if not separator or not url.startswith(("http://", "https://")):
+            raise BDLoRAError(f"--url: found {text!r}, expected NAME=http://HOST:PORT")
+        if name in urls:
+            raise BDLoRAError(f"--url: found the name {name!r} twice, expected a name for each")
+        urls[name] = url
+    return urls
+
+
+def _bound(text: str) -> tuple[str, float]:
+    name, _, most = text.partition(":")
+    try:
+        if name not in ("ttft", "tpot", "e2el") or float(most) <= 0:
+            raise ValueError
+    except ValueError:
+        raise BDLoRAError(
+            f"--goodput: found {text!r}, expected ttft, tpot or e2el with milliseconds, as ttft:2000"
+        ) from None
+    return name, float(most)

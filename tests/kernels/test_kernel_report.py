@@ -8,6 +8,7 @@ import pytest
 
 from bdlora_perf.kernels.results import load_raw, make_report
 from bdlora_perf.kernels.shapes import Case, all_cases, layer_shape
+from bdlora_perf.report.machine import machine_facts
 from bdlora_perf.report.schema import load_report
 
 
@@ -66,6 +67,7 @@ def test_report() -> None:
         "seconds": 1.0,
         "command": "measure",
         "machine": {"gpu": "a GPU"},
+        "host": {**machine_facts(), "processor": "another machine's"},
         "ceilings": {"copy_gb_per_s": 4000.0, "launch_us": 1.0},
         "cases": [
             {"point": case.point, **floor, "systems": systems},
@@ -73,6 +75,7 @@ def test_report() -> None:
         ],
     }
     report = make_report(raw)
+    assert report.machine.processor == "another machine's"
     assert report.kind == "kernels" and report.baselines == ("csgmv", "triton", "triton_v2")
     assert (
         report.systems["csgmv_r2"].label

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from bdlora_perf.collectives.count import Collective, count_collectives, traffic_elements
-from bdlora_perf.reference import PeftReference
+from bdlora_perf.synthetic.reference import PeftReference
 from bdlora_sglang.adapter import Adapter
 from bdlora_sglang.serving.cpu.cores import physical_cores, share_out
 from tests.serving.probe import HOLD_FILE, PROBE_FOLDER, ProbedScheduler

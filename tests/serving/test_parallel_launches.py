@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from bdlora_perf.reference import PeftReference
 from bdlora_perf.server_process import free_port, launch_command
+from bdlora_perf.synthetic.reference import PeftReference
 from tests.serving.server import Server, running_server
 from tests.serving.zoo import PROMPTS, Zoo
 

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from bdlora_perf.reference import PeftReference
+from bdlora_perf.synthetic.reference import PeftReference
 from bdlora_sglang.errors import BDLoRAError
 from tests.serving.zoo import PROMPTS, Zoo
 

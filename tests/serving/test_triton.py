@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bdlora_perf.reference import PeftReference
+from bdlora_perf.synthetic.reference import PeftReference
 from tests.serving.graph_tables import MAX_PREFILL_TOKENS, TABLES_FILE, GraphTablesScheduler
 from tests.serving.zoo import Zoo
 

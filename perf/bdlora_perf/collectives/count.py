@@ -5,16 +5,25 @@ SGLang starts the profiler itself (``/start_profile``, ``Engine.start_profile`` 
 """
 
 import math
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bdlora_perf.collectives.trace import read_traces
 
-# Collectives of the model. Broadcasts are left out: the scheduler hands requests to the ranks with them.
+Event = Mapping[str, Any]
+
+# Collectives of the model, at whatever level the trace shows them; of nested ones the outermost counts. Broadcasts are
+# left out: the scheduler hands requests to the ranks with them.
 _OPERATIONS = {
+    # What SGLang's GroupCoordinator calls on a GPU, before it chooses between pynccl, its custom all-reduce and others.
+    "sglang::inplace_all_reduce": "all_reduce",
+    "sglang::outplace_all_reduce": "all_reduce",
+    "sglang::flashinfer_allreduce": "all_reduce",
+    "sglang::reg_all_gather_into_tensor": "all_gather",
     # Those over shared memory (`SharedMemoryGroup`) do not pass through PyTorch's own.
     "bdlora::all_reduce": "all_reduce",
     "bdlora::all_gather": "all_gather",
@@ -26,18 +35,23 @@ _OPERATIONS = {
     "c10d::alltoall_": "all_to_all",
     "c10d::alltoall_base_": "all_to_all",
 }
+# A replayed CUDA graph calls no operation: its kernels are all that a trace has of it, without their sizes.
+_KERNELS = {
+    "all_reduce": re.compile(r"all_?reduce|cross_device_reduce", re.IGNORECASE),
+    "all_gather": re.compile(r"all_?gather", re.IGNORECASE),
+}
 
 
 @dataclass(frozen=True, order=True)
 class Collective:
-    """A kind of collective and the shape of its input on one rank."""
+    """A kind of collective and the shape of its input on one rank; None where the trace has no shape."""
 
     operation: str
-    shape: tuple[int, ...]
+    shape: tuple[int, ...] | None
 
     @property
     def elements(self) -> int:
-        return math.prod(self.shape)
+        return math.prod(self.shape or ())
 
 
 def traffic_elements(collective: Collective, num_ranks: int) -> float:
@@ -52,20 +66,34 @@ def traffic_elements(collective: Collective, num_ranks: int) -> float:
 
 def count_collectives(folder: Path) -> dict[int, Counter[Collective]]:
     """Collectives by TP rank, from all traces in ``folder``; raises `ValueError` where there is none."""
-    return {
-        rank: Counter(found for event in events if (found := collective_of(event)) is not None)
-        for rank, events in read_traces(folder).items()
-    }
+    return {rank: Counter(each for _, each in collectives(events)) for rank, events in read_traces(folder).items()}
 
 
-def collective_of(event: Mapping[str, Any]) -> Collective | None:
-    """The collective that an event of a trace is; None for any other event."""
-    operation = _OPERATIONS.get(event.get("name", ""))
-    if operation is None:
-        return None
-    # all_gather's first argument is its output; the smallest tensor is what one rank puts in.
-    tensors = [tuple(shape) for shape in _shapes(event["args"]["Input Dims"])]
-    return Collective(operation, min(tensors, key=math.prod))
+def collectives(events: Sequence[Event]) -> list[tuple[Event, Collective]]:
+    """The collectives of one rank's trace with their events: operations, the outermost of nested ones, and the kernels
+    that replayed graphs started."""
+    called, kernels = [], []
+    for event in sorted(events, key=lambda event: (event.get("ts", 0), -event.get("dur", 0))):
+        name = event.get("name", "")
+        if (operation := _OPERATIONS.get(name)) is not None:
+            called.append((event, Collective(operation, _smallest(event["args"].get("Input Dims")))))
+        elif event.get("cat") == "kernel":
+            kernels += [(event, Collective(found, None)) for found, name_of in _KERNELS.items() if name_of.search(name)]
+    outermost: list[tuple[Event, Collective]] = []
+    ends: dict[tuple[Any, Any], float] = {}
+    for event, collective in called:
+        thread = event.get("pid"), event.get("tid")
+        if event["ts"] >= ends.get(thread, -math.inf):
+            outermost.append((event, collective))
+            ends[thread] = event["ts"] + event.get("dur", 0)
+    replays = {event["args"]["correlation"] for event in events if event.get("name") == "cudaGraphLaunch"}
+    return outermost + [(event, found) for event, found in kernels if event["args"].get("correlation") in replays]
+
+
+def _smallest(dims: Any) -> tuple[int, ...] | None:
+    """all_gather's first argument is its output; the smallest tensor is what one rank puts in."""
+    shapes = [tuple(shape) for shape in _shapes(dims)]
+    return min(shapes, key=math.prod) if shapes else None
 
 
 def _shapes(dims: Any) -> list[list[int]]:

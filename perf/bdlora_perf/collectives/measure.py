@@ -137,7 +137,8 @@ def _profile_batch(
         for sequence in range(options.batch_size)
     ]
     with tempfile.TemporaryDirectory() as folder:
-        profiler = {"output_dir": folder, "activities": ["CPU"], "record_shapes": True, "with_stack": False}
+        activities = ["CPU", "GPU"] if backend() == "nccl" else ["CPU"]
+        profiler = {"output_dir": folder, "activities": activities, "record_shapes": True, "with_stack": False}
         send("POST", f"{server.url}/start_profile", json=profiler)
         request: dict[str, object] = {
             "input_ids": prompts,
@@ -185,16 +186,12 @@ def _count_samples(
 ) -> Iterator[Sample]:
     for operation in ("all_reduce", "all_gather"):
         own = {collective: count for collective, count in collectives.items() if collective.operation == operation}
-        traffic = sum(traffic_elements(collective, options.tp) * count for collective, count in own.items())
-        yield Sample(
-            system=system,
-            point={**_point(options, phase), "operation": operation},
-            round=round_,
-            metrics={
-                "collectives_per_forward": sum(own.values()),
-                "bytes_per_forward": traffic * _ITEM_BYTES[options.dtype],
-            },
-        )
+        metrics: dict[str, float] = {"collectives_per_forward": sum(own.values())}
+        if all(collective.shape is not None for collective in own):
+            traffic = sum(traffic_elements(collective, options.tp) * count for collective, count in own.items())
+            metrics["bytes_per_forward"] = traffic * _ITEM_BYTES[options.dtype]
+        point = {**_point(options, phase), "operation": operation}
+        yield Sample(system=system, point=point, round=round_, metrics=metrics)
 
 
 def _time_sample(options: CollectivesOptions, system: str, phase: str, round_: int, alike: Sequence[Forward]) -> Sample:
@@ -220,6 +217,7 @@ def _time_samples(
         Message(collective.operation, collective.elements * _ITEM_BYTES[options.dtype])
         for collectives in per_forward.values()
         for collective in collectives
+        if collective.shape is not None
     }
     curve = {Message(operation, size) for operation in ("all_reduce", "all_gather") for size in _CURVE}
     messages = sorted(seen | curve, key=lambda message: (message.operation, message.num_bytes))

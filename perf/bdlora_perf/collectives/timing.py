@@ -1,4 +1,7 @@
-"""How long a collective of each size takes on this machine's backend, with nothing else going on."""
+"""How long a collective of each size takes, with nothing else going on, through the engine's own group.
+
+That is SGLang's GroupCoordinator, which chooses by size between its custom all-reduce, pynccl and others on GPUs.
+"""
 
 import json
 import os
@@ -10,6 +13,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +21,7 @@ from torch.multiprocessing.spawn import spawn
 
 from bdlora_sglang.serving.cpu.cores import physical_cores, share_out
 from bdlora_sglang.serving.cpu.process_group import BACKEND, register_backend
+from bdlora_sglang.serving.hardware import PLATFORM_NAME
 
 _WARMUPS = 3
 _REPETITIONS = 15
@@ -70,13 +75,19 @@ def _run_rank(rank: int, num_ranks: int, messages: list[Message], rounds: int, s
         os.sched_setaffinity(0, cores)
         torch.set_num_threads(len(cores))
         register_backend()
+        os.environ.setdefault("SGLANG_PLATFORM", PLATFORM_NAME)  # before SGLang is imported
         device = torch.device("cpu")
-    # PyTorch has a new name for all_gather_into_tensor, which older versions do not know.
     warnings.filterwarnings("ignore", category=FutureWarning)
     dist.init_process_group(backend(), init_method=f"file://{folder}/meet", rank=rank, world_size=num_ranks)
+    from sglang.srt.distributed.parallel_state import init_model_parallel_group
+
+    custom = None if backend() == "nccl" else False
+    group = init_model_parallel_group(
+        [[*range(num_ranks)]], rank, backend(), use_custom_allreduce=custom, group_name="timing"
+    )
     rng = random.Random(seed)  # the same order on every rank
     rows = [
-        (message.operation, message.num_bytes, round_, _median_microseconds(message, num_ranks, device))
+        (message.operation, message.num_bytes, round_, _median_microseconds(message, group, device))
         for round_ in range(1, rounds + 1)
         for message in rng.sample(messages, len(messages))
     ]
@@ -84,18 +95,18 @@ def _run_rank(rank: int, num_ranks: int, messages: list[Message], rounds: int, s
     dist.destroy_process_group()
 
 
-def _median_microseconds(message: Message, num_ranks: int, device: torch.device) -> float:
-    data = torch.zeros(message.num_bytes, dtype=torch.uint8, device=device)
-    gathered = torch.zeros(num_ranks * message.num_bytes, dtype=torch.uint8, device=device)
+def _median_microseconds(message: Message, group: Any, device: torch.device) -> float:
+    # The type of a model: SGLang's custom all-reduce takes no bytes.
+    data = torch.zeros(max(1, message.num_bytes // 2), dtype=torch.bfloat16, device=device)
     times = []
     for repetition in range(_WARMUPS + _REPETITIONS):
         dist.barrier()
         _synchronize(device)
         start = time.perf_counter()
         if message.operation == "all_gather":
-            dist.all_gather_into_tensor(gathered, data)
+            group.all_gather(data, dim=0)
         else:
-            dist.all_reduce(data)
+            group.all_reduce(data)
         _synchronize(device)
         if repetition >= _WARMUPS:
             times.append((time.perf_counter() - start) * 1e6)

@@ -11,7 +11,6 @@ the report says how many were split, by the servers' logs.
 """
 
 import os
-import re
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -25,14 +24,12 @@ from bdlora_perf.engine.checkout import Surroundings, surroundings_of
 from bdlora_perf.engine.plan import ITEM_BYTES, Contender, Deployment, EngineOptions, Turn, launch_flags, turns
 from bdlora_perf.engine.report import Measured, make_report
 from bdlora_perf.report.schema import Failure, Report, Sample, Value
-from bdlora_perf.serve.servers import adapter_names, make_folder, send, warm_up
+from bdlora_perf.serve.servers import adapter_names, make_folder, rank_cores, send, warm_up
 from bdlora_perf.server_process import ServerProcess, free_port, launch_command, terminated_as_interrupted
 from bdlora_sglang.errors import BDLoRAError
 
 _WARM_UP_STEPS = 2
 _PREFILL = "Prefill batch"
-# What a server prints of a rank; "TP0" is there with more than one.
-_RANK_CORES = re.compile(r"(?:TP(\d+)\S*)?\] This rank runs on ([^.]+)\.")
 
 
 def measure_engine(options: EngineOptions, doing: Callable[[str], None]) -> Report:
@@ -187,12 +184,6 @@ class _Runner:
 def bandwidth_gbs(num_bytes: float, milliseconds: float) -> float:
     """GB/s, of 1e9 bytes."""
     return num_bytes / milliseconds / 1e6
-
-
-def rank_cores(log: str) -> str:
-    """Cores and threads of each rank as a server's log tells them, such as ``rank 0: cores 0-3, 4 threads``."""
-    found = sorted({(int(rank or 0), cores) for rank, cores in _RANK_CORES.findall(log)})
-    return "; ".join(f"rank {rank}: {cores}" for rank, cores in found)
 
 
 def _num_prefills(server: ServerProcess) -> int:

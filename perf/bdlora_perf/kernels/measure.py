@@ -32,6 +32,7 @@ from bdlora_perf.kernels.contenders import (
 from bdlora_perf.kernels.problem import Call, Contender, Problem, base_weight, error_in_units, make_problem
 from bdlora_perf.kernels.shapes import LAYERS, MODELS, Case, all_cases, tiny_cases
 from bdlora_perf.kernels.timing import CapturedCalls, capture, measure_ceilings, time_calls
+from bdlora_perf.report.machine import machine_facts
 
 MIN_CALLS = 20
 # A contender whose error is larger computes something else, and is not timed. Rounding h to 16 bits costs one more.
@@ -186,6 +187,7 @@ def measure(folder: Path, minutes: float, interpret: bool = False) -> Record:
     started, start = datetime.now(timezone.utc).isoformat(timespec="seconds"), time.monotonic()
     device = torch.device("cpu" if interpret else "cuda")
     raw: Record = {"started": started, "command": " ".join(sys.argv), "machine": describe(device), "cases": []}
+    raw["host"] = machine_facts()
     cache_bytes = 0 if interpret else torch.cuda.get_device_properties(device).L2_cache_size
     if not interpret:
         raw["ceilings"] = measure_ceilings(device)

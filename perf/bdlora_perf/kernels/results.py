@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bdlora_perf.report.machine import describe_machine
-from bdlora_perf.report.schema import Failure, Metric, Report, Sample, System
+from bdlora_perf.report.schema import Failure, Machine, Metric, Report, Sample, System
 from bdlora_sglang.errors import BDLoRAError
 
 METRICS = {
@@ -55,7 +55,8 @@ def make_report(raw: Mapping[str, Any]) -> Report:
         started=raw["started"],
         seconds=raw["seconds"],
         seed=0,
-        machine=describe_machine(),
+        # Raw figures of before the field was there say nothing of their machine but the GPU.
+        machine=Machine.model_validate(raw["host"]) if "host" in raw else describe_machine(),
         settings={**raw["machine"], **raw.get("ceilings", {})},
         systems={name: System(label=_label(name)) for name in names},
         metrics=METRICS,

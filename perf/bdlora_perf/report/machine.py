@@ -4,25 +4,34 @@ import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 
-from bdlora_perf.report.schema import Machine
+if TYPE_CHECKING:
+    from bdlora_perf.report.schema import Machine
 
 _PACKAGES = ("bdlora-sglang", "sglang", "torch", "triton", "transformers", "peft", "flashinfer-python", "numpy")
 
 
-def describe_machine() -> Machine:
+def describe_machine() -> "Machine":
     """Hardware and versions of what runs here; no names of hosts or users."""
-    return Machine(
-        processor=_processor(),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        memory_gib=round(psutil.virtual_memory().total / 2**30, 1),
-        gpus=tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())),
-        system=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        versions={name: found for name in _PACKAGES if (found := _version(name)) is not None},
-    )
+    from bdlora_perf.report.schema import Machine
+
+    return Machine.model_validate(machine_facts())
+
+
+def machine_facts() -> dict[str, Any]:
+    """The fields of a `Machine`, for raw figures that a report is made of elsewhere; needs PyTorch alone."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "memory_gib": round(memory / 2**30, 1),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        "versions": {name: found for name in _PACKAGES if (found := _version(name)) is not None},
+    }
 
 
 def _version(package: str) -> str | None:

@@ -1,5 +1,6 @@
-"""``bdlora perf serve``: throughput and latency of serving many adapters, measured with SGLang's own load generator.
+"""``bdlora perf serve``: throughput and latency of serving many adapters, ours beside others, asked by one client.
 
-``workload`` says what is asked of a server, ``systems`` who is compared; ``adapters`` makes the files, ``servers``
-starts what is measured, ``load`` runs SGLang's generator once, and ``sweep`` puts the runs in order.
+``workload`` and ``trace`` say what is asked of a server, ``systems`` who is compared; ``adapters`` makes the files,
+``servers`` and ``vllm`` start what is measured, ``load`` sends the requests of one run, ``metrics`` weighs them, and
+``run`` puts the runs in order.
 """

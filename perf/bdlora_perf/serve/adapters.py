@@ -5,7 +5,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,14 +79,18 @@ def matched_adapter(work: Path, model: str, shape: AdapterShape, seed: int) -> M
     return MadeAdapter(shape, folder, _count_parameters(weights), weights.stat().st_size)
 
 
+def adapter_names_of(count: int) -> list[str]:
+    """What that many adapters are called."""
+    return [f"adapter-{i}" for i in range(count)]
+
+
 def adapter_flags(adapter: MadeAdapter, count: int) -> list[str]:
     """``--adapters`` for ``count`` adapters, and a slot for each.
 
     They share one folder: the time a server takes does not depend on the values, and it holds every name in a slot of
     its own.
     """
-    names: Sequence[str] = [f"adapter-{i}" for i in range(count)]
-    flags = [word for name in names for word in ("--adapters", f"{name}={adapter.folder}")]
+    flags = [word for name in adapter_names_of(count) for word in ("--adapters", f"{name}={adapter.folder}")]
     return [*flags, "--max-loras-per-batch", str(count)]
 
 

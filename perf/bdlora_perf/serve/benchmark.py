@@ -1,181 +1,149 @@
 """A whole benchmark: from the options to a report."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
 from datetime import datetime, timezone
-from pathlib import Path
 
-from bdlora_perf.report.machine import describe_machine
-from bdlora_perf.report.schema import Failure, Report, Sample, System, Value
-from bdlora_perf.serve.adapters import MadeAdapter, adapter_flags, matched_adapter
-from bdlora_perf.serve.load import LoadGenerator
-from bdlora_perf.serve.metrics import LOAD_METRICS, MEMORY_METRICS
-from bdlora_perf.serve.servers import RunningServer, Server, StartServer, make_folder, start_server
-from bdlora_perf.serve.sweep import SweepRunner, Watcher, schedule
-from bdlora_perf.serve.systems import BASELINES, AdapterShape, ServedSystem
-from bdlora_perf.serve.workload import SKEW_ALPHA, Workload
+from bdlora_perf.engine.bandwidth import shape_of
+from bdlora_perf.report.schema import Failure, Report, Sample, Value
+from bdlora_perf.serve.adapters import MadeAdapter, adapter_names_of, matched_adapter
+from bdlora_perf.serve.options import Benchmark, ServeOptions
+from bdlora_perf.serve.report import make_report
+from bdlora_perf.serve.run import Contender, Ready, SweepRunner, Watcher, schedule
+from bdlora_perf.serve.servers import (
+    RunningServer,
+    Server,
+    adapter_names,
+    find_target,
+    make_folder,
+    memory_metrics,
+    server_info,
+    start_server,
+    what_runs,
+)
+from bdlora_perf.serve.systems import AdapterShape, ServedSystem
+from bdlora_perf.serve.vllm import VLLM
+from bdlora_perf.serve.workload import Workload
 from bdlora_perf.server_process import terminated_as_interrupted
 from bdlora_sglang.errors import BDLoRAError
 
-
-@dataclass(frozen=True)
-class ServeOptions:
-    """What to measure.
-
-    Attributes:
-        model: folder or repo id of the base model; None only where all servers run already.
-        tp: TP degree of the servers.
-        systems: those to be started here.
-        urls: running servers by the name that the report gives them.
-        workloads: the points, those of one deployment side by side.
-        rounds: how often each point is measured on each system.
-        goodput: bounds as SGLang's ``--goodput`` takes them.
-        keep_servers: all servers are up at once, else one at a time.
-        server_flags: of ``bdlora launch``, for every server that is started.
-        work: folder for adapters and logs.
-        command: what the user typed, for the report.
-    """
-
-    model: str | None
-    tp: int
-    systems: Sequence[ServedSystem]
-    urls: Mapping[str, str]
-    workloads: Sequence[Workload]
-    rounds: int
-    goodput: Sequence[str]
-    keep_servers: bool
-    server_flags: Sequence[str]
-    seed: int
-    work: Path
-    command: str
-
-    @property
-    def num_turns(self) -> int:
-        return len(self.workloads) * self.rounds * (len(self.systems) + len(self.urls))
+INTERRUPTED = "Interrupted: "
 
 
-def run_benchmark(options: ServeOptions, watcher: Watcher) -> Report:
+def run_benchmark(
+    options: ServeOptions,
+    watcher: Watcher,
+    before: Report | None = None,
+    save: Callable[[Report], object] = lambda report: None,
+) -> Report:
     """Measure, and return all there is to report; Ctrl-C and SIGTERM end the servers and keep what is measured.
 
+    Args:
+        before: a report of the same sweep that was interrupted; its turns are not run again.
+        save: is given the report so far after each turn.
+
     Raises:
-        BDLoRAError: adapters cannot be made, a running server does not answer, or there is no run to report.
+        BDLoRAError: adapters cannot be made, a running server does not answer, servers differ in what must be equal, or
+            there is no run to report.
     """
     started, clock = datetime.now(timezone.utc), time.monotonic()
     running = {name: RunningServer(name, url) for name, url in options.urls.items()}
     for server in running.values():
         server.wait_until_healthy()
-    logs = make_folder(options.work / "logs")
-    generator = LoadGenerator(logs)
-    generator.prepare()
+    state = Benchmark(options, watcher)
     watcher.doing("making adapters")
-    adapters = _make_adapters(options)
-    start: dict[str, StartServer] = {
-        system.name: _starter(options, system, adapters, logs) for system in options.systems
-    }
-    start |= {name: _given(server) for name, server in running.items()}
-    batches = schedule(list(start), options.workloads, options.rounds, options.keep_servers)
-    runner = SweepRunner(start, generator, options.tp, options.model, options.goodput, options.seed, watcher)
-    records: list[Sample | Failure] = []
+    state.adapters = _make_adapters(options)
+    apis = {find_target(server).api for server in running.values()}
+    if "vllm" in apis or any(system.engine == "vllm" for system in options.systems):
+        state.api = "vllm"  # the one that all of them have
+    contenders = {system.name: _started(state, system) for system in options.systems}
+    contenders |= {name: _given(state, server) for name, server in running.items()}
+    batches = schedule(options.names, options.workloads, options.rounds, options.keep_servers, options.seed)
+    runner = SweepRunner(contenders, options.bounds, options.find_rate, options.seed, watcher, state.runs)
+    records: list[Sample | Failure] = [*(before.samples if before else ())]
+    done = {(s.system, s.round, frozenset(s.point.items())) for s in records if isinstance(s, Sample)}
+
+    def report(*notes: str) -> Report:
+        return make_report(state, records, notes, started, time.monotonic() - clock)
+
     notes: list[str] = []
     try:
-        with terminated_as_interrupted(), closing(runner.run(batches)) as runs:
-            records.extend(runs)
+        with terminated_as_interrupted(), closing(runner.run(batches, done)) as runs:
+            for record in runs:
+                records.append(record)
+                save(report(f"{INTERRUPTED}{len(records)} of {options.num_turns} runs are in this report."))
     except KeyboardInterrupt:
-        notes.append(f"Interrupted: {len(records)} of {options.num_turns} runs are in this report.")
-    samples = tuple(record for record in records if isinstance(record, Sample))
-    failures = tuple(record for record in records if isinstance(record, Failure))
-    if not samples:
-        reasons = [*notes, *(f"{f.system}: {f.message}\n{f.log_tail}" for f in failures)]
+        notes.append(f"{INTERRUPTED}{len(records)} of {options.num_turns} runs are in this report.")
+    if not any(isinstance(record, Sample) for record in records):
+        reasons = [*notes, *(f"{r.system}: {r.message}\n{r.log_tail}" for r in records if isinstance(r, Failure))]
         raise BDLoRAError(f"found no run to report, expected one at least: {reasons[0]}")
-    present = {name for sample in samples for name in sample.metrics}
-    return Report(
-        kind="serve",
-        title="Serving with many adapters",
-        command=options.command,
-        started=started.isoformat(timespec="seconds"),
-        seconds=round(time.monotonic() - clock, 1),
-        seed=options.seed,
-        machine=describe_machine(),
-        settings=_settings(options),
-        systems=_systems(options, adapters),
-        metrics={name: metric for name, metric in (LOAD_METRICS | MEMORY_METRICS).items() if name in present},
-        baselines=tuple(name for name in BASELINES if name in start) or (next(iter(start)),),
-        samples=samples,
-        failures=failures,
-        notes=tuple(notes),
-    )
+    return report(*notes)
 
 
 def _make_adapters(options: ServeOptions) -> dict[AdapterShape, MadeAdapter]:
     """All that the systems serve, and plain LoRA's, which the sizes of the others are compared with."""
-    ranks = dict.fromkeys(workload.rank for workload in options.workloads)
-    shapes = {shape: r for system in options.systems for r in ranks if (shape := system.adapter(r, options.tp))}
-    shapes |= {AdapterShape(r, None): r for r in shapes.values()}
+    shapes: dict[AdapterShape, None] = {}
+    for rank in dict.fromkeys(workload.rank for workload in options.workloads):
+        own = [shape for system in options.systems if (shape := options.shape(system, rank)) is not None]
+        shapes |= dict.fromkeys([*own, AdapterShape(rank, None)] if own else [])
     return {shape: matched_adapter(options.work, str(options.model), shape, options.seed) for shape in shapes}
 
 
-def _common_flags(options: ServeOptions) -> list[str]:
-    # Prompts of random tokens may begin alike. The base model would find more of them in the cache than a server
-    # whose adapters each have their own.
-    return ["--model", str(options.model), "--tp", str(options.tp), "--disable-radix-cache"]
+def _started(state: Benchmark, system: ServedSystem) -> Contender:
+    options = state.options
+    logs = make_folder(options.work / "logs")
+    peer = _vllm(options) if system.engine == "vllm" else None
+
+    def start(count: int, slots: int, rank: int) -> Server:
+        name, shape = f"{system.name}-a{count}-s{slots}-r{rank}", options.shape(system, rank)
+        made = None if shape is None else state.adapters[shape]
+        names = adapter_names_of(count)
+        if peer is not None:
+            return peer.start(name, system.flags, made.folder if made else None, rank, names, slots, logs)
+        flags = [*options.common_flags, *system.flags]
+        if made is not None:
+            flags += [word for each in names for word in ("--adapters", f"{each}={made.folder}")]
+            flags += ["--max-loras-per-batch", str(slots)]
+        return start_server(name, [*flags, *options.server_flags], logs)
+
+    def inspect(server: Server, workload: Workload) -> Ready:
+        log = "\n".join(server.log_lines())
+        target, names = find_target(server, state.api), adapter_names(server)
+        if peer is not None:
+            return Ready(server, target, names, peer.what_runs(log, workload.slots if names else None), {})
+        info = server_info(server)
+        return Ready(server, target, names, what_runs(info, log), memory_metrics(info, log))
+
+    return Contender(start, inspect)
 
 
-def _starter(
-    options: ServeOptions, system: ServedSystem, adapters: Mapping[AdapterShape, MadeAdapter], logs: Path
-) -> StartServer:
-    def start(count: int, rank: int) -> Server:
-        flags = [*_common_flags(options), *system.flags]
-        shape = system.adapter(rank, options.tp)
-        if shape is not None:
-            flags += adapter_flags(adapters[shape], count)
-        return start_server(f"{system.name}-a{count}-r{rank}", [*flags, *options.server_flags], logs)
-
-    return start
-
-
-def _given(server: RunningServer) -> StartServer:
-    return lambda count, rank: server
-
-
-def _settings(options: ServeOptions) -> dict[str, Value]:
-    shortest = {workload.shortest for workload in options.workloads}
-    prompts = sorted({workload.num_prompts for workload in options.workloads})
-    skewed = any(workload.distribution == "skewed" for workload in options.workloads)
-    return {
-        "model": options.model,
-        "tp": options.tp,
-        "rounds": options.rounds,
-        "servers": "all up at once" if options.keep_servers else "one at a time",
-        "load generator": "sglang.benchmark.serving, random tokens, warm-up requests left out",
-        "lengths": "fixed" if shortest == {1.0} else f"uniform from {min(shortest):g} of the longest",
-        "prompts per run": ", ".join(map(str, prompts)),
-        "goodput bounds (ms)": " ".join(options.goodput),
-        **({"skewed": f"adapter i gets {SKEW_ALPHA} times the requests of adapter i + 1"} if skewed else {}),
-    }
+def _vllm(options: ServeOptions) -> VLLM:
+    if options.vllm_environment is None:
+        raise BDLoRAError("--start vllm: found no --vllm-environment, expected the folder of one with vLLM in it")
+    longest = max(workload.kv_tokens // (workload.concurrency or 256) for workload in options.workloads)
+    peer = VLLM(
+        options.vllm_environment,
+        str(options.model),
+        options.tp,
+        options.dtype,
+        options.kv_cache,
+        # float32 is twice what the shape counts.
+        2 * options.kv_cache * shape_of(str(options.model)).kv_bytes_per_token(options.tp),
+        options.max_requests,
+        longest + 1,
+        options.has_gpu,
+    )
+    peer.check()
+    return peer
 
 
-def _systems(options: ServeOptions, adapters: Mapping[AdapterShape, MadeAdapter]) -> dict[str, System]:
-    systems = {
-        system.name: System(label=system.label, details=_details(options, system, adapters))
-        for system in options.systems
-    }
-    return systems | {name: System(label=name, details={"url": url}) for name, url in options.urls.items()}
+def _given(state: Benchmark, server: RunningServer) -> Contender:
+    def inspect(running: Server, workload: Workload) -> Ready:
+        target = find_target(running, state.api)
+        names = list(state.options.url_adapters) or adapter_names(running)
+        # What else is set there is not known.
+        runs: dict[str, Value] = {"url": running.url, "model": target.model, "adapters": len(names)}
+        return Ready(running, target, names, runs, {})
 
-
-def _details(
-    options: ServeOptions, system: ServedSystem, adapters: Mapping[AdapterShape, MadeAdapter]
-) -> dict[str, Value]:
-    details: dict[str, Value] = {"flags": " ".join([*_common_flags(options), *system.flags, *options.server_flags])}
-    for r in dict.fromkeys(workload.rank for workload in options.workloads):
-        shape = system.adapter(r, options.tp)
-        if shape is None:
-            continue
-        made, plain = adapters[shape], adapters[AdapterShape(r, None)]
-        details[f"r={r}: rank"] = shape.rank
-        details[f"r={r}: blocks"] = shape.nblocks or 1
-        details[f"r={r}: parameters"] = made.parameters
-        details[f"r={r}: parameters over LoRA's"] = round(made.parameters / plain.parameters, 3)
-        details[f"r={r}: bytes"] = made.num_bytes
-    return details
+    return Contender(lambda count, slots, rank: server, inspect, ours=False)

@@ -2,19 +2,22 @@
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import requests
 
+from bdlora_perf.report.schema import Value
+from bdlora_perf.serve.load import Api, Target
 from bdlora_perf.server_process import ServerProcess, free_port, launch_command
 from bdlora_sglang.errors import BDLoRAError
 
 _REQUEST_SECONDS = 600
 _GIB = {"B": 2**-30, "KiB": 2**-20, "MiB": 2**-10, "GiB": 1.0}
-# What `bdlora launch` prints of its memory pool.
+# What `bdlora launch` prints of its memory pool, and of each rank; "TP0" is there with more than one.
 _SLOTS = re.compile(r"(\d+) slots of ([\d.]+) (B|KiB|MiB|GiB) per GPU")
+_RANK_CORES = re.compile(r"(?:TP(\d+)\S*)?\] This rank runs on ([^.]+)\.")
 
 
 class Server(Protocol):
@@ -28,10 +31,6 @@ class Server(Protocol):
     def stop(self) -> None: ...
     def log_lines(self) -> list[str]: ...
     def log_tail(self) -> str: ...
-
-
-# How a system's server is started for a number of adapters and a rank.
-StartServer = Callable[[int, int], Server]
 
 
 class RunningServer:
@@ -102,22 +101,78 @@ def warm_up(server: Server, names: Sequence[str]) -> None:
     send("POST", f"{server.url}/generate", json=body | adapters)
 
 
-def memory_metrics(server: Server) -> dict[str, float]:
-    """What one GPU holds, in GiB, as the server says it: nothing without a log, the weights only where there is a GPU.
+def find_target(server: Server, api: Api | None = None) -> Target:
+    """How a server is asked: by SGLang's own API where it has that, else by OpenAI's.
+
+    Raises:
+        BDLoRAError: it has none of them, or does not generate as many tokens as it is told to.
+    """
+    models = send("GET", f"{server.url}/v1/models").json()["data"]
+    model = next((model["id"] for model in models if not model.get("parent")), models[0]["id"])
+    if api is None:
+        api = "sglang" if requests.get(f"{server.url}/server_info", timeout=_REQUEST_SECONDS).ok else "vllm"
+    if api == "sglang":
+        return Target(server.url, api, model)
+    body = {"model": model, "max_tokens": 4, "temperature": 0, "ignore_eos": True}
+    # Some servers take text alone.
+    for text, prompt in ((False, [20, 30, 40, 50]), (True, "the of and to")):
+        url = f"{server.url}/v1/completions"
+        response = requests.post(url, json={**body, "prompt": prompt}, timeout=_REQUEST_SECONDS)
+        if response.ok:
+            made = response.json().get("usage", {}).get("completion_tokens")
+            if made != 4:
+                raise BDLoRAError(f"{url}: found {made} tokens, expected 4: it does not heed ignore_eos")
+            return Target(server.url, api, model, text)
+    raise BDLoRAError(f"{url}: found status {response.status_code} ({response.text[:300]}), expected 200")
+
+
+def rank_cores(log: str) -> str:
+    """Cores and threads of each rank as a server's log tells them, such as ``rank 0: cores 0-3, 4 threads``."""
+    found = sorted({(int(rank or 0), cores) for rank, cores in _RANK_CORES.findall(log)})
+    return "; ".join(f"rank {rank}: {cores}" for rank, cores in found)
+
+
+def server_info(server: Server) -> dict[str, Any]:
+    """SGLang's resolved settings."""
+    info: dict[str, Any] = send("GET", f"{server.url}/server_info").json()
+    return info
+
+
+def what_runs(info: Mapping[str, Any], log: str) -> dict[str, Value]:
+    """What a server of ours runs, by its own word: SGLang's resolved settings, and its log."""
+    device = info["device"]
+    # SGLang's settings of graphs say nothing on a CPU, where there are none.
+    phases = info.get("cuda_graph_config") or {} if device != "cpu" else {}
+    graphs = ", ".join(f"{phase}: {found.get('backend')}" for phase, found in phases.items() if isinstance(found, dict))
+    sharing = "shared memory (gloo where there is none)" if device == "cpu" else "NCCL and SGLang's custom all-reduce"
+    if device != "cpu" and info["disable_custom_all_reduce"]:
+        sharing = "NCCL"
+    return {
+        "engine": f"SGLang {info['version']}",
+        "device": device,
+        "dtype": info["dtype"],
+        "attention": info["attention_backend"],
+        "LoRA kernels": info["lora_backend"] if info["enable_lora"] else None,
+        "graphs": graphs or "none",
+        "collectives": sharing if info["tp_size"] > 1 else "none",
+        "KV cache (tokens)": info["max_total_num_tokens"],
+        "slots": info["max_loras_per_batch"] if info["enable_lora"] else None,
+        "cores": rank_cores(log) or None,
+    }
+
+
+def memory_metrics(info: Mapping[str, Any], log: str) -> dict[str, float]:
+    """What one GPU holds, in GiB, as the server says it; the weights only where there is a GPU.
 
     (On a CPU SGLang takes the machine's free memory before and after, which other servers change.)
     """
-    log_lines = server.log_lines()
-    if not log_lines:
-        return {}
-    info = send("GET", f"{server.url}/server_info").json()
     usage: Mapping[str, float] = info["internal_states"][0]["memory_usage"]
     metrics = {"memory_kv_cache_gib": float(usage["kvcache"])}
     if info["device"] != "cpu":
         metrics["memory_weights_gib"] = float(usage["weight"])
-    slots = _SLOTS.search("\n".join(log_lines))
-    if slots is not None:
-        metrics["memory_lora_gib"] = int(slots[1]) * float(slots[2]) * _GIB[slots[3]]
+    if slots := _SLOTS.search(log):
+        slot = float(slots[2]) * _GIB[slots[3]]
+        metrics |= {"memory_lora_gib": int(slots[1]) * slot, "adapter_slot_mib": 1024 * slot}
     return metrics
 
 

@@ -1,9 +1,15 @@
 """The systems that are compared, and the adapters that each of them serves."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
+from bdlora_perf.estimate.lora_cost import bd_lora, replicated
+from bdlora_perf.estimate.model_shape import ModelShape
 from bdlora_sglang.errors import BDLoRAError
+
+# `bdlora convert --param-ratio` rounds as generously.
+_RATIO_SLACK = 0.005
 
 
 @dataclass(frozen=True)
@@ -23,8 +29,11 @@ class ServedSystem:
         label: as tables show it.
         rank_factor: the rank of its adapters in multiples of the plain LoRA rank r; None serves no adapters.
         block_diagonal: BD-LoRA with one block a TP rank, else plain LoRA.
-        flags: of ``bdlora launch``.
+        flags: of the engine's command.
         needs_gpu: SGLang's own LoRA kernels have no CPU version.
+        engine: whose server is started.
+        param_ratio: BD-LoRA of the largest rank whose parameters are at most this part of plain LoRA's, in place of a
+            ``rank_factor``.
     """
 
     name: str
@@ -33,9 +42,25 @@ class ServedSystem:
     block_diagonal: bool = False
     flags: tuple[str, ...] = ()
     needs_gpu: bool = False
+    engine: Literal["bdlora", "vllm"] = "bdlora"
+    param_ratio: float | None = None
 
-    def adapter(self, rank: int, tp: int) -> AdapterShape | None:
-        """What it serves where plain LoRA has rank ``rank``; raises `BDLoRAError` where blocks cannot share it."""
+    def adapter(self, rank: int, tp: int, shape: ModelShape | None = None) -> AdapterShape | None:
+        """What it serves where plain LoRA has rank ``rank``; ``shape`` of the model is for a ``param_ratio``.
+
+        Raises:
+            BDLoRAError: blocks cannot share the rank, or even the smallest rank is too large.
+        """
+        if self.param_ratio is not None:
+            assert shape is not None, f"{self.name} needs the model's shape"
+            plain, smallest = replicated(rank).parameters(shape), bd_lora(tp, tp).parameters(shape)
+            multiple = int((self.param_ratio + _RATIO_SLACK) * plain / smallest)
+            if multiple == 0:
+                raise BDLoRAError(
+                    f"--param-ratio {self.param_ratio:g}: found {smallest / plain:.2f} of LoRA's parameters at "
+                    f"BD-LoRA's smallest rank, {tp}, expected no more"
+                )
+            return AdapterShape(multiple * tp, tp)
         if self.rank_factor is None:
             return None
         own_rank = self.rank_factor * rank
@@ -47,9 +72,12 @@ class ServedSystem:
 
 
 _COMMUNICATION_FREE = ("--lora-sharding", "communication-free")
+_FULLY_SHARDED = ("--lora-sharding", "fully-sharded")
+_CSGMV = ("--lora-sharding", "sglang", "--lora-backend", "csgmv")
+_TRITON_V2 = ("--lora-sharding", "sglang", "--lora-backend", "triton_v2")
 
-# What the others are compared with, the first one first.
-BASELINES = ("lora-fully-sharded", "base")
+# What the others are compared with; the first of those that take part is the main one.
+BASELINES = ("lora-fully-sharded", "lora", "vllm-lora-fully-sharded", "base", "vllm-base")
 SYSTEMS: dict[str, ServedSystem] = {
     system.name: system
     for system in (
@@ -57,31 +85,32 @@ SYSTEMS: dict[str, ServedSystem] = {
         ServedSystem("bd-2r", "BD-LoRA, rank 2r", 2, True, _COMMUNICATION_FREE),
         ServedSystem("bd-4r", "BD-LoRA, rank 4r", 4, True, _COMMUNICATION_FREE),
         ServedSystem("lora", "LoRA, communication-free", 1, False, _COMMUNICATION_FREE),
-        ServedSystem(
-            "lora-fully-sharded", "LoRA, fully sharded (S-LoRA)", 1, False, ("--lora-sharding", "fully-sharded")
-        ),
-        ServedSystem(
-            "sglang-csgmv",
-            "LoRA, SGLang csgmv",
-            1,
-            False,
-            ("--lora-sharding", "sglang", "--lora-backend", "csgmv"),
-            needs_gpu=True,
-        ),
-        ServedSystem(
-            "sglang-triton-v2",
-            "LoRA, SGLang triton_v2",
-            1,
-            False,
-            ("--lora-sharding", "sglang", "--lora-backend", "triton_v2"),
-            needs_gpu=True,
-        ),
+        ServedSystem("lora-fully-sharded", "LoRA, fully sharded (S-LoRA)", 1, False, _FULLY_SHARDED),
+        ServedSystem("sglang-csgmv", "LoRA, SGLang csgmv", 1, False, _CSGMV, needs_gpu=True),
+        ServedSystem("sglang-triton-v2", "LoRA, SGLang triton_v2", 1, False, _TRITON_V2, needs_gpu=True),
     )
 }
+VLLM_SYSTEMS = (
+    ServedSystem("vllm-base", "vLLM, base model", engine="vllm"),
+    ServedSystem("vllm-lora", "vLLM, LoRA", 1, engine="vllm"),
+    ServedSystem(
+        "vllm-lora-fully-sharded", "vLLM, LoRA, fully sharded", 1, False, ("--fully-sharded-loras",), engine="vllm"
+    ),
+)
 
 
-def choose_systems(names: Iterable[str], has_gpu: bool) -> list[ServedSystem]:
-    """The named systems in the order of `SYSTEMS`; all that run here where none is named.
+def matched_system(param_ratio: float) -> ServedSystem:
+    """BD-LoRA of at most so many times plain LoRA's parameters."""
+    if param_ratio <= 0:
+        raise BDLoRAError(f"--param-ratio: found {param_ratio:g}, expected more than 0")
+    label = f"BD-LoRA, {param_ratio:g}x LoRA's parameters"
+    return ServedSystem(
+        f"bd-{param_ratio:g}x", label, block_diagonal=True, flags=_COMMUNICATION_FREE, param_ratio=param_ratio
+    )
+
+
+def choose_systems(names: Iterable[str], has_gpu: bool, param_ratios: Sequence[float] = ()) -> list[ServedSystem]:
+    """The named systems in the order of `SYSTEMS`, all that run here where none is named, and the matched ones.
 
     Raises:
         BDLoRAError: an unknown name, or a system that needs a GPU where there is none.
@@ -92,4 +121,5 @@ def choose_systems(names: Iterable[str], has_gpu: bool) -> list[ServedSystem]:
             raise BDLoRAError(f"--systems: found {name!r}, expected names out of {', '.join(SYSTEMS)}")
         if SYSTEMS[name].needs_gpu and not has_gpu:
             raise BDLoRAError(f"--systems: found {name!r}, which needs a GPU, expected systems that run on a CPU")
-    return [system for name, system in SYSTEMS.items() if name in wanted]
+    matched = [matched_system(ratio) for ratio in dict.fromkeys(param_ratios)]
+    return [system for name, system in SYSTEMS.items() if name in wanted] + matched

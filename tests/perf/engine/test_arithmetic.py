@@ -9,8 +9,9 @@ from safetensors import safe_open
 
 from bdlora_perf.engine.bandwidth import shape_of, step_bytes
 from bdlora_perf.engine.batch import Prompts, StepTimes, step_times
-from bdlora_perf.engine.measure import bandwidth_gbs, rank_cores
+from bdlora_perf.engine.measure import bandwidth_gbs
 from bdlora_perf.engine.plan import EngineOptions, turns
+from bdlora_perf.serve.servers import rank_cores
 from bdlora_perf.synthetic import make_model
 from bdlora_sglang.errors import BDLoRAError
 

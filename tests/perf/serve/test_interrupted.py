@@ -5,13 +5,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
+import pytest
 
 from bdlora_perf.report.schema import load_report
-from bdlora_perf.serve.metrics import LOAD_METRICS
-from bdlora_perf.serve.servers import RunningServer, adapter_names, memory_metrics
+from bdlora_perf.serve.load import Api, make_requests, run_load
+from bdlora_perf.serve.servers import RunningServer, adapter_names, find_target
+from bdlora_perf.serve.workload import Workload
+from bdlora_sglang.errors import BDLoRAError
 
 _COMMAND = [sys.executable, "-m", "bdlora_cli.main", "perf", "serve"]
 _OPTIONS = "--layers 1 --systems base,bd-2r --concurrency 2 --input-len 16 --output-len 4 --adapters 2 --rank 4"
@@ -21,9 +25,8 @@ _POINT = {
     "input_len": 16,
     "output_len": 4,
     "adapters": 2,
+    "slots": 2,
     "distribution": "uniform",
-    "rank": 4,
-    "tp": 1,
 }
 _PATIENCE_SECONDS = 400
 
@@ -35,9 +38,24 @@ def wait_for(happened: Callable[[], bool], command: subprocess.Popen[bytes], log
         time.sleep(0.2)
 
 
+def check_requests(server: RunningServer, api: Api) -> None:
+    """Each API answers with as many tokens as it is asked for; a server that ends, ends the run."""
+    target = find_target(server, api)
+    workload = Workload(3, None, 16, 5, 1.0, 2, 2, "distinct", 1.0, 4, 6)
+    outcomes = run_load(target, make_requests(workload, ["adapter-0", "adapter-1"], 0), 3, lambda: True)
+    assert [outcome.error for outcome in outcomes] == [""] * 6
+    assert [outcome.output_len for outcome in outcomes] == [5] * 6
+    assert all(0 < outcome.ttft <= outcome.latency for outcome in outcomes)
+    assert [outcome.adapter for outcome in outcomes] == ["adapter-0", "adapter-1"] * 3
+    with pytest.raises(BDLoRAError, match="the server ended during the run"):
+        run_load(
+            target, make_requests(replace(workload, output_len=200), ["adapter-0", "adapter-1"], 0), 3, lambda: False
+        )
+
+
 def test_a_dead_server_and_an_interruption(tmp_path: Path) -> None:
     log, output, work = tmp_path / "log", tmp_path / "report", tmp_path / "work"
-    result = work / "logs" / "generator.jsonl"
+    result = output / "report.json"  # so far
     options = [*_OPTIONS.split(), "--num-prompts", "4", "--rounds", str(_ROUNDS)]
     with log.open("wb") as file:
         command = subprocess.Popen(
@@ -64,7 +82,9 @@ def test_a_dead_server_and_an_interruption(tmp_path: Path) -> None:
         given = RunningServer("x", f"http://127.0.0.1:{words[words.index('--port') + 1]}/")
         given.wait_until_healthy()
         assert adapter_names(given) == ["adapter-0", "adapter-1"]
-        assert memory_metrics(given) == {}
+        for api in ("sglang", "vllm"):
+            check_requests(given, api)
+        assert find_target(given).api == "sglang"
         killed = time.time_ns()
         victim.kill()
         wait_for(lambda: runs_since(killed), command, log)
@@ -85,18 +105,23 @@ def test_a_dead_server_and_an_interruption(tmp_path: Path) -> None:
     rounds = {name: [s.round for s in report.samples if s.system == name] for name in ("base", "bd-2r")}
     assert len(rounds["base"]) > len(rounds["bd-2r"]) > 0
     assert rounds["base"] == list(range(1, len(rounds["base"]) + 1))
+    for name in ("base", "bd-2r"):
+        runs = report.systems[name].details
+        assert (runs["engine"], runs["device"], runs["graphs"]) == ("SGLang 0.5.23", "cpu", "none")
+        assert runs["KV cache (tokens)"] == report.systems["base"].details["KV cache (tokens)"]
+        assert runs["slots"] == (2 if name == "bd-2r" else None)
     (note,) = report.notes
     assert note.startswith("Interrupted: ") and f"of {2 * _ROUNDS} runs" in note
     assert report.baselines == ("base",)
     for sample in report.samples:
         metrics = sample.metrics
         assert sample.point == _POINT
-        assert set(LOAD_METRICS) <= set(metrics)
+        assert metrics["failed_requests"] == 0
         # Four requests of 16 and 4 tokens, all of them completed.
         assert abs(metrics["input_throughput"] / metrics["request_throughput"] - 16) < 1e-6
         assert abs(metrics["output_throughput"] / metrics["request_throughput"] - 4) < 1e-6
         assert 0 < metrics["median_ttft_ms"] < metrics["median_e2e_latency_ms"]
-        assert ("memory_lora_gib" in metrics) == (sample.system == "bd-2r")
+        assert ("memory_lora_gib" in metrics) == ("adapter_slot_mib" in metrics) == (sample.system == "bd-2r")
     lora = next(sample.metrics["memory_lora_gib"] for sample in report.samples if sample.system == "bd-2r")
     parameters = report.systems["bd-2r"].details["r=4: parameters"]
     assert isinstance(parameters, int)

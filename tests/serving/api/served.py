@@ -6,7 +6,7 @@ from typing import Any
 
 import requests
 
-from bdlora_perf.reference import PeftReference
+from bdlora_perf.synthetic.reference import PeftReference
 from tests.serving.server import Server
 
 NEW_TOKENS = 6

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bdlora_perf.reference import PeftReference
+from bdlora_perf.synthetic.reference import PeftReference
 from bdlora_sglang.serving.cpu import linear
 from tests.serving.zoo import PROMPTS, Zoo
 

@@ -1,9 +1,9 @@
 """Time and peak memory of ``bdlora convert`` on adapters of real sizes, random weights.
 
-Run ``python -m bdlora_perf.convert_benchmark --out perf/results/convert``. Every conversion runs in a process of its
-own, whose peak resident memory is the kernel's own count (VmHWM); "above the interpreter" is by how much it exceeds the
-same process after its imports. The reference is the plain way for one module: form the dense delta, take the SVD of
-each block.
+Run ``python -m bdlora_perf.synthetic.convert_benchmark --out perf/results/convert``. Every conversion runs in a process
+of its own, whose peak resident memory is the kernel's own count (VmHWM); "above the interpreter" is by how much it
+exceeds the same process after its imports. The reference is the plain way for one module: form the dense delta, take
+the SVD of each block.
 """
 
 import argparse
@@ -150,7 +150,14 @@ def benchmark(models: list[str], threads: int, device: str, workdir: Path | None
             size = make_adapter(source, model)
             runs = {}
             for run in RUNS:
-                command = [sys.executable, "-m", "bdlora_perf.convert_benchmark", "--one", str(source), f"{folder}/bd"]
+                command = [
+                    sys.executable,
+                    "-m",
+                    "bdlora_perf.synthetic.convert_benchmark",
+                    "--one",
+                    str(source),
+                    f"{folder}/bd",
+                ]
                 command += ["--run", run, "--threads", str(threads), "--device", device]
                 output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
                 runs[run] = json.loads(output.splitlines()[-1])

@@ -1,0 +1,92 @@
+"""The report of a sweep."""
+
+from collections.abc import Sequence
+from datetime import datetime
+
+from bdlora_perf.report.machine import describe_machine
+from bdlora_perf.report.schema import Failure, Report, Sample, System, Value
+from bdlora_perf.serve.load import API_LABELS
+from bdlora_perf.serve.metrics import METRICS
+from bdlora_perf.serve.options import Benchmark
+from bdlora_perf.serve.systems import BASELINES, AdapterShape, ServedSystem
+
+
+def main_baseline_failures(report: Report) -> list[Failure]:
+    """What failed of the system that the others are compared with first."""
+    return [failure for failure in report.failures if failure.system in report.baselines[:1]]
+
+
+def make_report(
+    state: Benchmark, records: Sequence[Sample | Failure], notes: Sequence[str], started: datetime, seconds: float
+) -> Report:
+    options = state.options
+    samples = tuple(record for record in records if isinstance(record, Sample))
+    present = {name for sample in samples for name in sample.metrics}
+    baselines = tuple(name for name in BASELINES if name in options.names) or (options.names[0],)
+    failed = {name: sum(s.metrics["failed_requests"] for s in samples if s.system == name) for name in options.names}
+    lossy = [
+        f"{name}: {count:.0f} requests failed; throughput counts the others." for name, count in failed.items() if count
+    ]
+    return Report(
+        kind="serve",
+        title="Serving with many adapters",
+        command=options.command,
+        started=started.isoformat(timespec="seconds"),
+        seconds=round(seconds, 1),
+        seed=options.seed,
+        machine=describe_machine(),
+        settings=_settings(state),
+        systems={
+            **{system.name: System(label=system.label, details=_details(state, system)) for system in options.systems},
+            **{
+                name: System(label=name, details={**state.runs.get(name, {"url": options.urls[name]})})
+                for name in options.urls
+            },
+        },
+        metrics={name: metric for name, metric in METRICS.items() if name in present},
+        baselines=baselines,
+        samples=samples,
+        failures=tuple(record for record in records if isinstance(record, Failure)),
+        notes=(*notes, *lossy),
+    )
+
+
+def _settings(state: Benchmark) -> dict[str, Value]:
+    options = state.options
+    shortest = min(workload.shortest for workload in options.workloads)
+    prompts = sorted({workload.num_prompts for workload in options.workloads})
+    zipf = {workload.alpha for workload in options.workloads if workload.distribution == "zipf"}
+    started: dict[str, Value] = {}
+    if options.systems:
+        ranks = dict.fromkeys(workload.rank for workload in options.workloads)
+        started = {"model": options.model, "tp": options.tp, "rank r": ", ".join(map(str, ranks))}
+        started["servers started here"] = "all up at once" if options.keep_servers else "one at a time"
+    return {
+        **started,
+        "rounds": options.rounds,
+        "order of the systems": "drawn anew at each point and round",
+        "client": f"SGLang's request functions, {API_LABELS[state.api or 'sglang']}",
+        "lengths": "fixed" if shortest == 1 else f"uniform from {shortest:g} of the longest",
+        "requests per run": ", ".join(map(str, prompts)),
+        "bounds (ms)": " ".join(f"{name}:{most:g}" for name, most in options.bounds.items()),
+        **({"zipf": f"the i-th adapter gets i ** -{min(zipf):g} of the first one's requests"} if zipf else {}),
+    }
+
+
+def _details(state: Benchmark, system: ServedSystem) -> dict[str, Value]:
+    options = state.options
+    details: dict[str, Value] = {**state.runs.get(system.name, {})}
+    details["flags"] = " ".join(system.flags if system.engine == "vllm" else [*options.common_flags, *system.flags])
+    if options.server_flags and system.engine == "bdlora":
+        details["flags"] = f"{details['flags']} {' '.join(options.server_flags)}"
+    for r in dict.fromkeys(workload.rank for workload in options.workloads):
+        shape = options.shape(system, r)
+        if shape is None:
+            continue
+        made, plain = state.adapters[shape], state.adapters[AdapterShape(r, None)]
+        details[f"r={r}: rank"] = shape.rank
+        details[f"r={r}: blocks"] = shape.nblocks or 1
+        details[f"r={r}: parameters"] = made.parameters
+        details[f"r={r}: parameters over LoRA's"] = round(made.parameters / plain.parameters, 3)
+        details[f"r={r}: bytes"] = made.num_bytes
+    return details
