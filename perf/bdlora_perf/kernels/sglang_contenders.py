@@ -17,10 +17,10 @@ from sglang.srt.lora.workspace import LoraWorkspace
 from bdlora_perf.kernels.problem import SCALING, Call, Contender, Problem, base_product
 
 # --max-lora-chunk-size of SGLang 0.5.23.
-_CHUNK_SIZE = 16
+CHUNK_SIZE = 16
 
 
-def _batch_info(problem: Problem, max_length: int | None) -> LoRABatchInfo:
+def batch_info(problem: Problem, max_length: int | None) -> LoRABatchInfo:
     """Tokens sorted by slot; with a ``max_length``, in segments of at most so many tokens, else one segment a slot."""
     device = problem.x_TI.device
     slots_T = torch.tensor(problem.slots_T)
@@ -50,7 +50,7 @@ def _batch_info(problem: Problem, max_length: int | None) -> LoRABatchInfo:
 
 
 def prepare_csgmv(problem: Problem) -> Call:
-    info = _batch_info(problem, _CHUNK_SIZE)
+    info = batch_info(problem, CHUNK_SIZE)
     outputs = problem.case.shape().outputs
     offsets_cpu = torch.tensor(problem.output_starts, dtype=torch.int32)
     offsets = offsets_cpu.to(problem.x_TI.device)
@@ -65,7 +65,7 @@ def prepare_csgmv(problem: Problem) -> Call:
 
 
 def prepare_triton(problem: Problem) -> Call:
-    info = _batch_info(problem, None)
+    info = batch_info(problem, None)
     outputs = problem.case.shape().outputs
     offsets = torch.tensor(problem.output_starts, dtype=torch.int32, device=problem.x_TI.device)
 
@@ -81,10 +81,14 @@ def prepare_triton(problem: Problem) -> Call:
     return call
 
 
-def _triton_v2_runner(problem: Problem) -> tuple[DenseLoraRunner, DensePlan, tuple[int, ...]]:
+def triton_v2_runner(
+    problem: Problem, architecture: str | None = None
+) -> tuple[DenseLoraRunner, DensePlan, tuple[int, ...]]:
+    """SGLang's runner with the batch, the plan that it chooses (for this GPU, or an ``architecture`` such as "sm90"),
+    and where the slices' outputs start and end."""
     device = problem.x_TI.device
     offsets, tokens = tuple(problem.output_starts), len(problem.slots_T)
-    runner = DenseLoraRunner(LoraWorkspace(), max_loras=problem.num_slots, device=device)
+    runner = DenseLoraRunner(LoraWorkspace(), max_loras=problem.num_slots, device=device, architecture=architecture)
     runner.begin_batch(
         token_slots=torch.tensor(problem.slots_T, dtype=torch.int32, device=device),
         lora_ranks=torch.full((problem.num_slots,), problem.rank, dtype=torch.int32, device=device),
@@ -100,7 +104,7 @@ def _triton_v2_runner(problem: Problem) -> tuple[DenseLoraRunner, DensePlan, tup
 
 def prepare_triton_v2(problem: Problem) -> Call:
     """The two kernels one after the other."""
-    runner, plan, offsets = _triton_v2_runner(problem)
+    runner, plan, offsets = triton_v2_runner(problem)
 
     def call(n: int) -> None:
         bridge = runner.run_a(problem.x_TI, problem.a_NSRI[n], stack=len(offsets) - 1, plan=plan)
@@ -111,7 +115,7 @@ def prepare_triton_v2(problem: Problem) -> Call:
 
 def prepare_triton_v2_with_base(problem: Problem) -> Call:
     """As its runner does it: the plan says what runs beside the base layer's product."""
-    (runner, plan, offsets), product = _triton_v2_runner(problem), base_product(problem)
+    (runner, plan, offsets), product = triton_v2_runner(problem), base_product(problem)
 
     def call(n: int) -> None:
         a, b = problem.a_NSRI[n], problem.b_NSOr[n]
