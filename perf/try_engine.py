@@ -34,10 +34,13 @@ WORST_RATIO = 4.0
 
 
 class Checks:
-    def __init__(self, folder: Path) -> None:
-        self._file, self._found = folder / "checks.json", {}  # type: tuple[Path, dict[str, Any]]
+    def __init__(self, folder: Path, only: list[str]) -> None:
+        self._only, self._file = only, folder / "checks.json"
+        self._found: dict[str, dict[str, Any]] = {}
 
     def run(self, name: str, check: Callable[[], Any]) -> None:
+        if self._only and name not in self._only:
+            return
         try:
             self._found[name] = {"passed": True, "found": check()}
         except Exception:
@@ -159,9 +162,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--only", action="append", default=[], help="a check by its name; repeatable")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
-    checks, trial = Checks(options.output), Trial(options.output, options.dtype)
+    checks, trial = Checks(options.output, options.only), Trial(options.output, options.dtype)
     names = [name for name in SPECS if name != LATE]
     mixed: list[str | None] = [None, *names[:SLOTS]]
     engine = trial.start()
