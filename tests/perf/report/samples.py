@@ -249,10 +249,32 @@ def _engine() -> Report:
     return _report("engine", systems, metrics, baselines=baselines, samples=samples)
 
 
+def _swap() -> Report:
+    systems = {"now": System(label="This checkout"), "before": System(label="Before")}
+    slower = {"now": 1.0, "before": 6.0}
+    names = {f"{which}_{what}_ms": what for what in ("load", "cold", "warm") for which in ("median", "p99")}
+    metrics = {name: Metric(label=name, unit="ms", better="lower") for name in (*names, "gap_ms")}
+    metrics["prepare_same_us"] = Metric(label="CPU time of a decode batch", unit="us", better="lower")
+
+    def swapped(system: str, point: Mapping[str, Value]) -> dict[str, float]:
+        time = slower[system] * float(str(point["rank"]))
+        return {name: time * (2 if name.startswith("p99") else 1) for name in names} | {"gap_ms": 3 * time}
+
+    def prepared(system: str, point: Mapping[str, Value]) -> dict[str, float]:
+        return {"prepare_same_us": slower[system] * float(str(point["requests"]))}
+
+    samples = (
+        *_samples(systems, _grid(tp=(1, 2), rank=(8, 64)), 3, swapped),
+        *_samples(systems, _grid(requests=(1, 32, 256)), 3, prepared),
+    )
+    return _report("swap", systems, metrics, baselines=("before",), samples=samples)
+
+
 _MAKERS: Mapping[Kind, Callable[[], Report]] = {
     "serve": _serve,
     "collectives": _collectives,
     "kernels": _kernels,
     "estimate": _estimate,
     "engine": _engine,
+    "swap": _swap,
 }

@@ -180,6 +180,7 @@ def test_every_plot_of_a_page_is_a_file_and_back(folders: Mapping[str, Path]) ->
         "kernels": {"speed-up", "time", "bandwidth", "arithmetic", "ceiling"},
         "estimate": {"speed-up", "breakdown", "memory"},
         "engine": {"speed-up", "decode", "prefill", "bandwidth"},
+        "swap": {"speed-up", "latency", "gap", "prepare"},
     }
     for kind, folder in folders.items():
         shown = re.findall(r"\]\(plots/(.*)\.svg\)", (folder / "report.md").read_text())
