@@ -1,26 +1,24 @@
 """One adapter, checked: its configuration against the names and shapes of its tensors. No weights are read here."""
 
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from bdlora_sglang.adapter.checkpoint import WEIGHTS_NAME, Checkpoint, SafetensorsCheckpoint, TensorCheckpoint
+from bdlora_sglang.adapter.checkpoint import Checkpoint, TensorCheckpoint, open_checkpoint
 from bdlora_sglang.adapter.config import AdapterConfig, BlockSide
+from bdlora_sglang.adapter.tensors import Tensors
 from bdlora_sglang.errors import AdapterError
-
-# `.default` is the adapter name that PEFT's in-memory state dict carries and its saved files do not.
-_TENSOR_NAME = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.default)?\.weight$")
 
 
 @dataclass(frozen=True)
 class LoRAModule:
-    """LoRA on one linear module, with the names of its two tensors in the checkpoint.
+    """LoRA on one linear module or embedding, with the names of its two tensors in the checkpoint.
 
     Stored shapes, with ``n = nblocks``: A is ``(rank, in)``, or ``(rank, in / n)`` when A is block-diagonal; B is
-    ``(out, rank)``, or ``(out, rank / n)`` when B is block-diagonal. A plain module has one block.
+    ``(out, rank)``, or ``(out, rank / n)`` when B is block-diagonal. A plain module has one block. An embedding is a
+    plain module whose inputs are the tokens of the vocabulary.
     """
 
     name: str
@@ -32,6 +30,12 @@ class LoRAModule:
     nblocks: int
     side: BlockSide
     scaling: float
+    is_embedding: bool = False
+
+    @property
+    def is_head(self) -> bool:
+        """Whether this is the output head."""
+        return self.name.rpartition(".")[2] == "lm_head"
 
     @property
     def block_rank(self) -> int:
@@ -46,38 +50,65 @@ class LoRAModule:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA or BD-LoRA adapter: its config, its modules by name, and the checkpoint to read factors from."""
+    """A LoRA or BD-LoRA adapter: its config, its modules by name, and the checkpoint to read factors from.
+
+    Attributes:
+        saved: tensors that are no LoRA, by the name of the base model's parameter that they stand for: PEFT puts them
+            in its place, where the base model has one. Whoever computes with the adapter must see to them.
+        ignored: tensors that PEFT does not use, each with the reason.
+    """
 
     config: AdapterConfig
     modules: Mapping[str, LoRAModule]
     checkpoint: Checkpoint
+    saved: Mapping[str, str] = field(default_factory=dict)
+    ignored: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, folder: str | Path) -> "Adapter":
+    def open(cls, folder: str | Path, model_type: str | None = None) -> "Adapter":
         """Open a PEFT adapter folder and check config, tensor names and shapes.
+
+        ``model_type`` is that of the base model, where it is known, for configs that name no target modules.
 
         Raises:
             AdapterError: config or weights are missing, not PEFT's format, of a kind we cannot use, or contradict each
                 other.
         """
         folder = Path(folder)
-        config = AdapterConfig.from_folder(folder)
-        return cls._checked(config, SafetensorsCheckpoint(folder / WEIGHTS_NAME))
+        config = AdapterConfig.from_folder(folder, model_type)
+        return cls._checked(config, open_checkpoint(folder))
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, torch.Tensor], config: Mapping[str, object], name: str) -> "Adapter":
+    def from_tensors(
+        cls,
+        tensors: Mapping[str, torch.Tensor],
+        config: Mapping[str, object],
+        name: str,
+        model_type: str | None = None,
+    ) -> "Adapter":
         """The same for tensors in memory, under PEFT's names; ``name`` is what messages call the adapter."""
-        return cls._checked(AdapterConfig.from_dict(config, name), TensorCheckpoint(tensors, name))
+        return cls._checked(AdapterConfig.from_dict(config, name, model_type), TensorCheckpoint(tensors, name))
 
     @classmethod
     def _checked(cls, config: AdapterConfig, checkpoint: Checkpoint) -> "Adapter":
-        pairs = _pair_factors(checkpoint)
-        modules = {name: _check_module(name, *pairs[name], config, checkpoint) for name in sorted(pairs)}
+        tensors = Tensors.sorted_out(checkpoint, config)
+        modules = {
+            name: _check_module(name, *pair, name in tensors.embeddings, config, checkpoint)
+            for name, pair in sorted(tensors.pairs.items())
+        }
         if not modules:
+            found = _listed("no LoRA tensors", tensors.ignored)
+            raise AdapterError(checkpoint.source, "adapter weights", found, "'<module>.lora_A.weight' and B")
+        if config.raw.get("ensure_weight_tying") and any(m.is_embedding or m.is_head for m in modules.values()):
+            raise AdapterError(config.source, "field 'ensure_weight_tying'", True, "false: not supported")
+        if config.bdlora is not None and (embedding := next((m for m in modules.values() if m.is_embedding), None)):
             raise AdapterError(
-                checkpoint.source, "adapter weights", "no LoRA tensors", "'<module>.lora_A.weight' and B"
+                config.source,
+                "field 'use_bdlora'",
+                f"LoRA on the embedding '{embedding.name}'",
+                "none: PEFT has no such",
             )
-        return cls(config, modules, checkpoint)
+        return cls(config, modules, checkpoint, tensors.saved, tensors.ignored)
 
     @property
     def nblocks(self) -> int:
@@ -98,37 +129,15 @@ class Adapter:
         return sum(module.num_parameters for module in self.modules.values())
 
 
-def _pair_factors(checkpoint: Checkpoint) -> dict[str, tuple[str, str]]:
-    """Tensor names of A and B by module name."""
-    factors: dict[str, dict[str, str]] = {}
-    for name in sorted(checkpoint.names()):
-        match = _TENSOR_NAME.match(name)
-        if match is None:
-            raise AdapterError(
-                checkpoint.source,
-                f"tensor '{name}'",
-                "a tensor that is not LoRA on a linear module",
-                "'<module>.lora_A.weight' or '<module>.lora_B.weight' (no DoRA, embedding, bias or saved modules)",
-            )
-        previous = factors.setdefault(match["module"], {}).setdefault(match["factor"], name)
-        if previous != name:
-            raise AdapterError(checkpoint.source, f"tensor '{name}'", f"a duplicate of '{previous}'", "one of them")
-    for module, names in factors.items():
-        if len(names) != 2:
-            missing = "B" if "A" in names else "A"
-            raise AdapterError(checkpoint.source, f"module '{module}'", f"no lora_{missing}.weight", "both factors")
-    return {module: (names["A"], names["B"]) for module, names in factors.items()}
+def _listed(what: str, tensors: Iterable[str]) -> str:
+    names = list(tensors)
+    return f"{what}, only {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}" if names else what
 
 
-def _check_module(name: str, tensor_a: str, tensor_b: str, config: AdapterConfig, checkpoint: Checkpoint) -> LoRAModule:
-    if not config.targets(name):
-        raise AdapterError(
-            checkpoint.source,
-            f"tensor '{tensor_a}'",
-            "LoRA on a module that the config does not target",
-            f"a module in target_modules {config.target_modules!r} (and layers_to_transform) of {config.source}",
-        )
-    side = config.side(name)
+def _check_module(
+    name: str, tensor_a: str, tensor_b: str, is_embedding: bool, config: AdapterConfig, checkpoint: Checkpoint
+) -> LoRAModule:
+    side = BlockSide.NONE if is_embedding else config.side(name)
     rank = config.rank(name)
     nblocks = 1 if side is BlockSide.NONE or config.bdlora is None else config.bdlora.nblocks
     if rank % nblocks:
@@ -158,6 +167,7 @@ def _check_module(name: str, tensor_a: str, tensor_b: str, config: AdapterConfig
         nblocks=nblocks,
         side=side,
         scaling=_scaling(name, config),
+        is_embedding=is_embedding,
     )
 
 

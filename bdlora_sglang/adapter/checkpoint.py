@@ -1,4 +1,4 @@
-"""Where an adapter's tensors come from: a safetensors file read slice by slice, or tensors already in memory."""
+"""Where an adapter's tensors come from: safetensors files read slice by slice, or tensors already in memory."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -7,9 +7,13 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 
+from bdlora_sglang.adapter.json_file import read_json
 from bdlora_sglang.errors import AdapterError
 
 WEIGHTS_NAME = "adapter_model.safetensors"
+# Beside it, large adapters may be in several files, with an index of which tensor is where.
+INDEX_NAME = "adapter_model.safetensors.index.json"
+WEIGHTS_PATTERNS = ("adapter_model*.safetensors", INDEX_NAME)
 
 # Files that hold weights as pickles. They run code when they are loaded, so they are refused and never opened.
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
@@ -22,10 +26,12 @@ _SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.
 
 
 class Checkpoint(Protocol):
-    """Named 2-D tensors of which any rectangle can be read. ``bytes_read`` counts the bytes handed out so far."""
+    """Named tensors. Of 2-D ones any rectangle can be read; ``bytes_read`` counts the bytes handed out so far."""
 
     source: str
-    bytes_read: int
+
+    @property
+    def bytes_read(self) -> int: ...
 
     def names(self) -> Iterable[str]: ...
 
@@ -35,6 +41,10 @@ class Checkpoint(Protocol):
 
     def read(self, name: str, rows: range, columns: range) -> torch.Tensor:
         """Copy ``tensor[rows, columns]`` (ranges of step 1); raises `AdapterError` on NaN and infinity."""
+        ...
+
+    def read_whole(self, name: str) -> torch.Tensor:
+        """Copy a tensor of any shape, values unchecked."""
         ...
 
 
@@ -89,6 +99,64 @@ class SafetensorsCheckpoint:
             self._map()
         return _checked(self, name, tensor)
 
+    def read_whole(self, name: str) -> torch.Tensor:
+        whole: torch.Tensor = self._slices[name][...].clone()
+        return whole
+
+
+class ShardedCheckpoint:
+    """Several safetensors files beside each other, and the index that says which tensor is in which."""
+
+    def __init__(self, index: Path) -> None:
+        """Open all files; raises `AdapterError` for an index that is none, or that the files do not agree with."""
+        self.source = str(index)
+        content = read_json(index, "index of the adapter weights")
+        weight_map = content.get("weight_map") if isinstance(content, Mapping) else None
+        if not isinstance(weight_map, Mapping) or not all(_is_file_name(file) for file in weight_map.values()):
+            expected = "'weight_map': names of tensors, each with the name of a safetensors file beside the index"
+            raise AdapterError(self.source, "index of the adapter weights", "no such map", expected)
+        self._files = {file: SafetensorsCheckpoint(index.parent / file) for file in sorted(set(weight_map.values()))}
+        self._file_of: dict[str, SafetensorsCheckpoint] = {}
+        for file, checkpoint in self._files.items():
+            for name in checkpoint.names():
+                if weight_map.get(name) != file:
+                    found, expected = f"it in {file}", f"it in {weight_map.get(name)}, as the index says"
+                    raise AdapterError(self.source, f"tensor '{name}'", found, expected)
+                self._file_of[name] = checkpoint
+        if missing := sorted(set(weight_map) - set(self._file_of)):
+            expected = f"it in {weight_map[missing[0]]}, as the index says"
+            raise AdapterError(self.source, f"tensor '{missing[0]}'", "no such tensor", expected)
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(checkpoint.bytes_read for checkpoint in self._files.values())
+
+    def names(self) -> Iterable[str]:
+        return self._file_of.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._file_of[name].shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._file_of[name].dtype(name)
+
+    def read(self, name: str, rows: range, columns: range) -> torch.Tensor:
+        return self._file_of[name].read(name, rows, columns)
+
+    def read_whole(self, name: str) -> torch.Tensor:
+        return self._file_of[name].read_whole(name)
+
+
+def _is_file_name(file: object) -> bool:
+    return isinstance(file, str) and Path(file).name == file and file.endswith(".safetensors")
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """The weights of an adapter folder; raises `AdapterError` when there are none, or pickles."""
+    if not (folder / WEIGHTS_NAME).exists() and (folder / INDEX_NAME).is_file():
+        return ShardedCheckpoint(folder / INDEX_NAME)
+    return SafetensorsCheckpoint(folder / WEIGHTS_NAME)
+
 
 class TensorCheckpoint:
     """Tensors that were handed over, for example through SGLang's ``/load_lora_adapter_from_tensors``."""
@@ -114,6 +182,9 @@ class TensorCheckpoint:
         view = self._tensors[name][rows.start : rows.stop, columns.start : columns.stop]
         return _checked(self, name, view.detach().cpu().clone(memory_format=torch.contiguous_format))
 
+    def read_whole(self, name: str) -> torch.Tensor:
+        return self._tensors[name].detach().cpu().clone(memory_format=torch.contiguous_format)
+
 
 def _identity(path: str) -> tuple[int, ...] | None:
     try:
@@ -123,7 +194,7 @@ def _identity(path: str) -> tuple[int, ...] | None:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _checked(checkpoint: Checkpoint, name: str, tensor: torch.Tensor) -> torch.Tensor:
+def _checked(checkpoint: "SafetensorsCheckpoint | TensorCheckpoint", name: str, tensor: torch.Tensor) -> torch.Tensor:
     checkpoint.bytes_read += tensor.numel() * tensor.element_size()
     # NaN passes through both; some ten times faster than asking every value.
     if tensor.numel() and not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():

@@ -9,7 +9,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from bdlora_sglang.adapter.adapter import Adapter
-from bdlora_sglang.adapter.checkpoint import WEIGHTS_NAME
+from bdlora_sglang.adapter.checkpoint import WEIGHTS_PATTERNS
 from bdlora_sglang.adapter.config import CONFIG_NAME
 from bdlora_sglang.errors import BDLoRAError
 
@@ -98,7 +98,7 @@ def adapter_folder(path: str) -> Path:
     if folder.exists() or not is_repo_id(path):
         return folder
     try:
-        return Path(snapshot_download(path, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME, "added_tokens.json"]))
+        return Path(snapshot_download(path, allow_patterns=[CONFIG_NAME, *WEIGHTS_PATTERNS, "added_tokens.json"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise BDLoRAError(

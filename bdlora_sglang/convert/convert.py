@@ -4,6 +4,7 @@ Memory holds a few modules at a time, whatever the size of the adapter.
 """
 
 import json
+import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,6 +15,7 @@ import torch
 from bdlora_sglang.adapter import Adapter, BlockSide, LoRAModule
 from bdlora_sglang.adapter.checkpoint import WEIGHTS_NAME
 from bdlora_sglang.adapter.config import CONFIG_NAME
+from bdlora_sglang.adapter.names import peft_tensor_name
 from bdlora_sglang.convert.blocks import Block, stored_factors
 from bdlora_sglang.convert.folder import NewFolder
 from bdlora_sglang.convert.lowrank import product_norm_sq, rounding_error_sq
@@ -27,15 +29,11 @@ from bdlora_sglang.convert.truncate import Errors, truncate_blocks
 from bdlora_sglang.convert.writer import SafetensorsWriter, header_room
 from bdlora_sglang.errors import AdapterError, BDLoRAError
 
+_logger = logging.getLogger(__name__)
 _README = "README.md"
 # Weights of the source in another format would contradict the new ones.
-_NOT_COPIED = {
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    _README,
-    "adapter_model.bin",
-    "adapter_model.pt",
-}
+_NOT_COPIED = {CONFIG_NAME, _README}
+_WEIGHTS = "adapter_model*"
 
 
 def convert(
@@ -68,6 +66,8 @@ def convert(
     options.check()
     adapter = Adapter.open(source)
     _refuse_overlap(source, destination)
+    if adapter.ignored:
+        _logger.warning("%s: left out, as PEFT does: %s", source, ", ".join(sorted(adapter.ignored)))
     plan = Plan.make(adapter, options)
     steps = Steps(
         len(adapter.modules) + (len(plan.converted) if needs_spectra(options) else 0),
@@ -195,7 +195,8 @@ def _write_weights(
         )
 
     modules = plan.adapter.modules.values()
-    names = [name for module in modules for name in _tensor_names(module)]
+    saved = {f"base_model.model.{name}": tensor for name, tensor in plan.adapter.saved.items()}
+    names = [*(name for module in modules for name in _tensor_names(module)), *saved]
     longest = report([_module_report(plan, module, 10**9, 10**15, _LONGEST_ERRORS) for module in modules])
     done: list[ModuleReport] = []
     with SafetensorsWriter(folder / WEIGHTS_NAME, plan.dtype, header_room(names, longest.metadata())) as writer:
@@ -210,6 +211,8 @@ def _write_weights(
             parameters = (writer.bytes_written - before) // plan.dtype.itemsize
             rank = max(block.rank for block in blocks) * len(blocks)
             done.append(_module_report(plan, module, rank, parameters, errors))
+        for name, tensor in saved.items():
+            writer.add_as_it_is(name, plan.adapter.checkpoint.read_whole(tensor))
         result = report(done)
         writer.finish(result.metadata())
     return result
@@ -221,10 +224,8 @@ _LONGEST_ERRORS = Errors(1e-200, 1e100, 1e-200, 1e100, 1e-200)
 
 def _tensor_names(module: LoRAModule) -> tuple[str, str]:
     """As PEFT saves them, whatever form the source's names have."""
-    return (
-        f"base_model.model.{module.name}.lora_A.weight",
-        f"base_model.model.{module.name}.lora_B.weight",
-    )
+    a, b = (peft_tensor_name(module.name, factor, module.is_embedding) for factor in "AB")
+    return a, b
 
 
 def _module_report(plan: Plan, module: LoRAModule, rank: int, parameters: int, errors: Errors) -> ModuleReport:
@@ -251,12 +252,12 @@ def _write_config(plan: Plan, report: ConversionReport, folder: Path) -> None:
 def _copy_others(source: Path, folder: Path, report: ConversionReport) -> None:
     """The other files of the folder, links followed, and the model card with our section at its end."""
     for path in sorted(source.iterdir()):
-        if path.name in _NOT_COPIED or path.name.startswith(".git"):
+        if path.name in _NOT_COPIED or path.name.startswith(".git") or path.match(_WEIGHTS):
             continue
         if path.is_dir():
             shutil.copytree(path, folder / path.name)
         else:
             shutil.copyfile(path, folder / path.name)
     card = source / _README
-    text = card.read_text(encoding="utf-8").rstrip("\n") + "\n\n" if card.is_file() else ""
-    (folder / _README).write_text(text + report.model_card_section(), encoding="utf-8")
+    text = card.read_bytes().rstrip(b"\n") + b"\n\n" if card.is_file() else b""  # in whatever encoding it is
+    (folder / _README).write_bytes(text + report.model_card_section().encode("utf-8"))

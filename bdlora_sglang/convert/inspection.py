@@ -70,7 +70,9 @@ def inspect_adapter(folder: str | Path, tp_sizes: Sequence[int] = TP_SIZES) -> A
 
 
 def tp_side(module: LoRAModule) -> TPSide | None:
-    """By the block-diagonal factor, or by the name when there is none."""
+    """By the block-diagonal factor, or by the name when there is none; ranks own parts of an embedding's inputs."""
+    if module.is_embedding:
+        return TPSide.ROW
     if module.side is BlockSide.NONE:
         return known_side(module.name)
     return TPSide.ROW if module.side is BlockSide.A else TPSide.COLUMN

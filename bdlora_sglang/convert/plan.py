@@ -46,6 +46,13 @@ class Plan:
         stored = [adapter.checkpoint.dtype(t) for m in adapter.modules.values() for t in (m.tensor_a, m.tensor_b)]
         widest = reduce(torch.promote_types, stored)
         wide = widest is torch.float64 or options.calibration is not None
+        if options.nblocks > 1 and (embedding := next((m for m in adapter.modules.values() if m.is_embedding), None)):
+            raise AdapterError(
+                adapter.checkpoint.source,
+                f"module '{embedding.name}'",
+                "LoRA on an embedding",
+                "on linear modules alone: PEFT has no BD-LoRA with embeddings",
+            )
         sides = _sides(adapter, options)
         for module in adapter.modules.values():
             _check_divides(adapter, module, sides[module.name], options.nblocks)

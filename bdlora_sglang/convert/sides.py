@@ -54,6 +54,7 @@ SIDES: Mapping[str, TPSide] = {
                 "q_b_proj",
                 "kv_b_proj",
             ),
+            "lm_head",  # by the vocabulary
         ),
         TPSide.COLUMN,
     ),

@@ -22,6 +22,15 @@ _DTYPE_NAMES = {
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
+    # Of weights that were saved along.
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
 }
 _ALIGNMENT = 8
 # `os.write` takes at most 2 GiB at once.
@@ -29,7 +38,7 @@ _CHUNK_BYTES = 64 << 20
 
 
 class SafetensorsWriter:
-    """Writes ``path``, all tensors of one dtype; use as a context manager, and call `finish` at the end.
+    """Writes ``path``, new tensors of one dtype; use as a context manager, and call `finish` at the end.
 
     The same tensors in the same order with the same metadata give the same bytes.
     """
@@ -71,12 +80,18 @@ class SafetensorsWriter:
         for chunk in row_chunks:
             assert chunk.dtype == self.dtype and chunk.shape[1] == row_chunks[0].shape[1]
             self._write(raw_bytes(chunk.contiguous()))
-        shape = [sum(chunk.shape[0] for chunk in row_chunks), row_chunks[0].shape[1]]
-        self._entries[name] = {
-            "dtype": _DTYPE_NAMES[self.dtype],
-            "shape": shape,
-            "data_offsets": [begin, self.bytes_written],
-        }
+        self._enter(name, self.dtype, (sum(chunk.shape[0] for chunk in row_chunks), row_chunks[0].shape[1]), begin)
+
+    def add_as_it_is(self, name: str, tensor: torch.Tensor) -> None:
+        """Append a CPU tensor of any shape and dtype that safetensors has; raises `OSError` like `add`."""
+        assert name not in self._entries
+        begin = self.bytes_written
+        self._write(raw_bytes(tensor.contiguous()))
+        self._enter(name, tensor.dtype, tuple(tensor.shape), begin)
+
+    def _enter(self, name: str, dtype: torch.dtype, shape: Sequence[int], begin: int) -> None:
+        offsets = [begin, self.bytes_written]
+        self._entries[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": offsets}
 
     def finish(self, metadata: Mapping[str, str]) -> None:
         """Write the header and wait until everything is on the disk."""
@@ -94,11 +109,11 @@ class SafetensorsWriter:
 
 
 def header_room(names: Iterable[str], largest_metadata: Mapping[str, str]) -> int:
-    """A size that the header of these 2-D tensors cannot exceed, with metadata no longer than ``largest_metadata``."""
+    """A size that the header of these tensors, 4-D at most, cannot exceed; metadata no longer than the largest."""
     largest = 10**15
     worst = {
-        "dtype": "BF16",
-        "shape": [largest, largest],
+        "dtype": "F8_E4M3",
+        "shape": [largest] * 4,
         "data_offsets": [largest, largest],
     }
     return len(_header(dict.fromkeys(names, worst), largest_metadata))

@@ -1,15 +1,18 @@
 """The LoRA backend: which tokens belong to which slot, and the one call that computes a layer with its delta."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from sglang.srt.lora.backend.base_backend import BaseLoRABackend
 from sglang.srt.lora.backend.lora_registry import register_lora_backend
-from sglang.srt.lora.utils import generate_sequence_lengths
+from sglang.srt.lora.utils import generate_sequence_lengths, get_lm_head_pruned_lens
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
+from bdlora_kernels import LayerFactors
+from bdlora_sglang.serving.head_rows import HeadRows
 from bdlora_sglang.serving.kernels import NO_SLOT, Kernels
 from bdlora_sglang.serving.layers import ColumnParallelLinearWithBDLoRA, RowParallelLinearWithBDLoRA
 from bdlora_sglang.serving.sharding import Sharding
@@ -21,11 +24,12 @@ BACKEND_NAME = "bdlora"
 class BatchInfo:
     """What SGLang's layers and ours ask of a batch; ``segments`` are those of the kernels in use.
 
-    None where nobody reads them: SGLang runs the layers without LoRA.
+    None where nobody reads them: SGLang runs the layers without LoRA. ``head_rows`` are the output head's.
     """
 
     has_active_lora: bool
     segments: Any
+    head_rows: HeadRows = field(default_factory=HeadRows)
 
 
 class BDLoRABackend(BaseLoRABackend):
@@ -55,7 +59,9 @@ class BDLoRABackend(BaseLoRABackend):
             graph: "decode" or "prefill" where such a captured graph will run, else None.
         """
         if any(slot != NO_SLOT for slot in slots):
-            self.batch_info = BatchInfo(True, self.kernels.segments(slots, _lengths(forward_batch), graph))
+            segments = self.kernels.segments(slots, _lengths(forward_batch), graph)
+            head_rows = HeadRows(tuple(slots), get_lm_head_pruned_lens(forward_batch))
+            self.batch_info = BatchInfo(True, segments, head_rows)
         else:
             # A captured graph may run the kernels all the same: no token is theirs then.
             self.batch_info = BatchInfo(False, None if graph is None else self.kernels.segments((), (), graph))
@@ -75,6 +81,28 @@ class BDLoRABackend(BaseLoRABackend):
             layer.base_layer, base_fn, x, layer.factors, self.kernels, self.batch_info.segments
         )
         return output if all_reduce is None else all_reduce(output)
+
+    def add_embedding_delta(
+        self, layer: VocabParallelEmbedding, y_TO: torch.Tensor, ids_T: torch.Tensor, factors: LayerFactors
+    ) -> None:
+        """Add the delta of the tokens that are this rank's to the embedding's partial output, in place."""
+        assert self.batch_info is not None, "layers ask `lora_active` first"
+        first = layer.shard_indices.org_vocab_start_index
+        self.kernels.add_embedding_delta(y_TO, ids_T, first, factors, self.batch_info.segments)
+
+    def head_with_delta(
+        self,
+        layer: VocabParallelEmbedding,
+        base: Callable[[], torch.Tensor],
+        x_TI: torch.Tensor,
+        factors: LayerFactors,
+        head_pass: int | None,
+    ) -> torch.Tensor:
+        """``base()``, this rank's logits of the rows ``x_TI``, with their delta."""
+        assert self.batch_info is not None, "layers ask `lora_active` first"
+        slots, lengths = self.batch_info.head_rows.of(x_TI.shape[0], head_pass)
+        segments = self.batch_info.segments if lengths is None else self.kernels.segments(slots, lengths, graph=None)
+        return self.kernels.forward_with_base(base, layer.num_embeddings_per_partition, x_TI, factors, segments)
 
     def init_decode_cuda_graph_batch_info(self, max_bs_in_cuda_graph: int, num_tokens_per_req: int) -> None:
         self.kernels.reserve_decode_graphs(max_bs_in_cuda_graph * num_tokens_per_req)

@@ -10,7 +10,7 @@ from bdlora_kernels import LayerFactors, PlannedSlice, SlotSize, plan_layer
 from bdlora_kernels.layout import align
 from bdlora_sglang.adapter import Adapter, LoRAModule, LoRASlice, read_slice, slice_module
 from bdlora_sglang.serving.kernels import Kernels
-from bdlora_sglang.serving.layers import ServedModule
+from bdlora_sglang.serving.served_modules import ServedModule
 from bdlora_sglang.serving.sharding import LocalPlan, layer_shape
 
 
@@ -34,9 +34,9 @@ class CommunicationFree:
             parts += [_planned(adapter, part, dtype) for part in slices]
         return LocalPlan(plan_layer(parts), local_rank) if parts else None
 
-    def slot_size(self, layer: ColumnParallelLinear | RowParallelLinear, rank: int) -> SlotSize:
-        shape = layer_shape(layer)
-        modules = 1 if isinstance(layer, RowParallelLinear) else len(layer.output_partition_sizes)
+    def slot_size(self, name: str, layer: torch.nn.Module, rank: int) -> SlotSize:
+        shape = layer_shape(name, layer)
+        modules = len(layer.output_partition_sizes) if isinstance(layer, ColumnParallelLinear) else 1
         a, b = modules * rank * shape.inputs, rank * shape.outputs
         # There are at most `rank` slices of each module, and every one may start on an aligned element.
         slices = modules * rank
@@ -52,7 +52,7 @@ class CommunicationFree:
         kernels: Kernels,
         segments: Any,
     ) -> torch.Tensor:
-        return kernels.forward_with_base(base, layer_shape(layer).outputs, x_TI, factors, segments)
+        return kernels.forward_with_base(base, layer_shape("", layer).outputs, x_TI, factors, segments)
 
 
 def _planned(adapter: Adapter, part: LoRASlice, dtype: torch.dtype) -> PlannedSlice:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from sglang.srt.distributed.parallel_state import GroupCoordinator
 from sglang.srt.distributed.utils import get_group_rank_size
-from sglang.srt.layers.linear import ColumnParallelLinear, RowParallelLinear
+from sglang.srt.layers.linear import RowParallelLinear
 from sglang.srt.runtime_context import get_parallel
 
 from bdlora_kernels import BatchedFactors, LayerFactors, PlannedSlice, SlotSize, plan_layer
@@ -20,7 +20,7 @@ from bdlora_sglang.adapter import Adapter, LoRAModule
 from bdlora_sglang.adapter.fully_sharded import read_column_parallel, read_row_parallel
 from bdlora_sglang.adapter.shard import even_cut
 from bdlora_sglang.serving.kernels import Kernels
-from bdlora_sglang.serving.layers import ServedModule
+from bdlora_sglang.serving.served_modules import ServedModule
 from bdlora_sglang.serving.sharding import LocalPlan
 
 
@@ -41,7 +41,7 @@ class FullySharded:
         layer = plan_layer(parts, gathered=1 if served.row_parallel else served.tp_size)
         return LocalPlan(layer, max(part.rank for part in parts))
 
-    def slot_size(self, layer: ColumnParallelLinear | RowParallelLinear, rank: int) -> SlotSize:
+    def slot_size(self, name: str, layer: Any, rank: int) -> SlotSize:
         _, tp_size = get_group_rank_size(layer.tp_group)
         chunk = -(-rank // tp_size)
         if isinstance(layer, RowParallelLinear):
@@ -54,7 +54,7 @@ class FullySharded:
 
     def forward_with_base(
         self,
-        layer: ColumnParallelLinear | RowParallelLinear,
+        layer: torch.nn.Module,
         base: Callable[[], torch.Tensor],
         x_TI: torch.Tensor,
         factors: LayerFactors,
@@ -95,7 +95,7 @@ def _planned(adapter: Adapter, module: LoRAModule, served: ServedModule, dtype: 
     return PlannedSlice(rank, len(shard.inputs), output_size, *starts, module.scaling, read)
 
 
-def _group(layer: ColumnParallelLinear | RowParallelLinear) -> GroupCoordinator | None:
+def _group(layer: torch.nn.Module) -> GroupCoordinator | None:
     """The ranks over which ``layer`` is sharded; None where it is whole on each."""
     _, tp_size = get_group_rank_size(layer.tp_group)
     if tp_size == 1:

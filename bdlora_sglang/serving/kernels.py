@@ -15,6 +15,7 @@ from bdlora_kernels import (
     LayerFactors,
     PackedAdapter,
     SlotSize,
+    add_embedding_delta,
     add_lora_delta,
     group_tokens,
 )
@@ -66,7 +67,12 @@ class BatchLimits:
 
 
 class Kernels(Protocol):
-    """What the pool and the backend ask of a device. ``segments`` are what `forward_with_base` of the same takes."""
+    """What the pool and the backend ask of a device. ``segments`` are what `forward_with_base` of the same takes.
+
+    ``looks_up`` says whether there is an `add_embedding_delta`.
+    """
+
+    looks_up: bool
 
     def allocate(self, num_slots: int, sizes: Mapping[str, SlotSize], dtype: torch.dtype) -> Slots:
         """Empty slots, with this room for each layer."""
@@ -92,6 +98,11 @@ class Kernels(Protocol):
         """``base()``, the layer's output of ``(T, outputs)``, with the delta of each token's slot added in place:
         ``y[t, outputs] += scaling * (x[t, inputs] @ A.T) @ B.T`` for every slice."""
 
+    def add_embedding_delta(
+        self, y_TO: torch.Tensor, ids_T: torch.Tensor, first_id: int, factors: LayerFactors, segments: Any
+    ) -> None:
+        """``y[t] += scaling * A[:, ids[t] - first_id] @ B.T`` in place, for the tokens that A has columns for."""
+
 
 def choose_kernels(device: torch.device, num_slots: int, needs_torch: bool, deterministic: bool = False) -> Kernels:
     """Triton on a GPU (and in its interpreter, with ``TRITON_INTERPRET=1``), else PyTorch.
@@ -111,6 +122,8 @@ def choose_kernels(device: torch.device, num_slots: int, needs_torch: bool, dete
 
 class TorchKernels:
     """Plain PyTorch: host-side segments, no CUDA graphs."""
+
+    looks_up = True
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -146,6 +159,12 @@ class TorchKernels:
         y_TO = base()
         add_lora_delta(y_TO, x_TI, factors, segments)
         return y_TO
+
+    def add_embedding_delta(
+        self, y_TO: torch.Tensor, ids_T: torch.Tensor, first_id: int, factors: LayerFactors, segments: Any
+    ) -> None:
+        assert isinstance(factors, BatchedFactors)
+        add_embedding_delta(y_TO, ids_T, first_id, factors, segments)
 
 
 def give_back_host_memory() -> None:

@@ -7,8 +7,8 @@ import torch
 
 from bdlora_kernels import HostBlock, LayerPlan, PackedAdapter, pack_adapter
 from bdlora_sglang.adapter import Adapter, LoRAModule
-from bdlora_sglang.errors import AdapterError
-from bdlora_sglang.serving.layers import FUSED_MODULES, ServedModule, module_key
+from bdlora_sglang.serving.find_modules import find_modules
+from bdlora_sglang.serving.served_modules import ServedModule, ServedModules
 from bdlora_sglang.serving.sharding import Sharding
 
 
@@ -17,7 +17,8 @@ class AdapterPlan:
     """What this rank will read of an adapter, by SGLang layer name, and what the start-up table says of it.
 
     ``local_rank`` is the largest rank, over all modules, that this GPU holds. ``targets`` are the SGLang layers that
-    the adapter touches on any rank; ``layers`` holds those that it touches on this one.
+    the adapter touches on any rank; ``layers`` holds those that it touches on this one. ``unused`` are tensors that do
+    not matter, each with the reason.
     """
 
     name: str
@@ -27,6 +28,7 @@ class AdapterPlan:
     local_rank: int
     targets: frozenset[str]
     layers: Mapping[str, LayerPlan]
+    unused: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -49,21 +51,22 @@ class LocalAdapter:
 
 
 def plan_adapter(
-    name: str, adapter: Adapter, served: Mapping[str, ServedModule], sharding: Sharding, dtype: torch.dtype
+    name: str, adapter: Adapter, served: ServedModules, sharding: Sharding, dtype: torch.dtype
 ) -> AdapterPlan:
     """Find this rank's part of ``adapter``, without reading it.
 
     Raises:
-        AdapterError: a module that the base model does not have or with other dimensions.
+        AdapterError: a module that the base model does not have or with other dimensions, or which is not served.
     """
-    by_layer: dict[str, list[LoRAModule]] = {}
-    for module in adapter.modules.values():
-        by_layer.setdefault(_find(module, adapter, served).layer, []).append(module)
+    found, foreign = find_modules(adapter, served)
+    by_layer: dict[str, list[tuple[LoRAModule, ServedModule]]] = {}
+    for module, parts in found:
+        for part in parts:
+            by_layer.setdefault(part.layer, []).append((module, part))
     layers: dict[str, LayerPlan] = {}
     local_rank = 0
     for layer, modules in sorted(by_layer.items()):
-        in_order = sorted(modules, key=_output_order)
-        local = sharding.plan(adapter, [(module, served[module_key(module.name)]) for module in in_order], dtype)
+        local = sharding.plan(adapter, sorted(modules, key=lambda both: both[1].shard.output_offset), dtype)
         if local is not None:
             layers[layer] = local.layer
             local_rank = max(local_rank, local.rank)
@@ -75,6 +78,7 @@ def plan_adapter(
         local_rank=local_rank,
         targets=frozenset(by_layer),
         layers=layers,
+        unused={**adapter.ignored, **foreign},
     )
 
 
@@ -86,28 +90,3 @@ def read_adapter(plan: AdapterPlan, adapter: Adapter, allocate: Callable[[int], 
     """
     packed = pack_adapter(plan.layers, allocate)
     return LocalAdapter(plan, adapter.checkpoint.bytes_read, packed)
-
-
-def _find(module: LoRAModule, adapter: Adapter, served: Mapping[str, ServedModule]) -> ServedModule:
-    """The base model's module that ``module`` adapts, with the same dimensions."""
-    found = served.get(module_key(module.name))
-    source = adapter.checkpoint.source
-    if found is None:
-        kinds = sorted({key.rpartition(".")[2] for key in served})
-        layers = [int(key.split(".")[1]) for key in served if key.startswith("layers.")]
-        expected = f"one of {', '.join(kinds)} in layers 0 to {max(layers, default=0)}"
-        raise AdapterError(
-            source, f"module '{module.name}'", "no such parallel linear layer in the base model", expected
-        )
-    for what, tensor, size, expected_size in (
-        ("input features", module.tensor_a, module.in_features, found.in_features),
-        ("output features", module.tensor_b, module.out_features, found.out_features),
-    ):
-        if size != expected_size:
-            raise AdapterError(source, f"tensor '{tensor}' {what}", size, f"{expected_size}, as the base model has")
-    return found
-
-
-def _output_order(module: LoRAModule) -> int:
-    leaf = module.name.rpartition(".")[2]
-    return next((names.index(leaf) for names in FUSED_MODULES.values() if leaf in names), 0)

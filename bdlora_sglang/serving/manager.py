@@ -1,6 +1,5 @@
 """The LoRA manager: loads adapters, checks them against the base model, and sizes the pool."""
 
-import json
 import logging
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, replace
@@ -8,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sglang.srt.lora.layers import BaseLayerWithLoRA
 from sglang.srt.lora.lora_config import LoRAConfig
 from sglang.srt.lora.lora_manager import LoRAManager
 from sglang.srt.lora.lora_registry import LoRARef
-from sglang.srt.lora.utils import auto_detect_lora_target_modules, get_normalized_target_modules
+from sglang.srt.lora.utils import get_normalized_target_modules
 from sglang.srt.managers.io_struct import LoRAUpdateOutput
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.runtime_context import get_exec, get_parallel
@@ -20,17 +18,20 @@ from sglang.srt.utils import replace_submodule
 
 from bdlora_kernels import HostBlock, SlotSize
 from bdlora_sglang.adapter import Adapter
+from bdlora_sglang.adapter.json_file import checked_tokens, read_json
 from bdlora_sglang.adapter.locate import adapter_folder, check_adapter_name
 from bdlora_sglang.errors import BDLoRAError
 from bdlora_sglang.serving.backend import BACKEND_NAME
 from bdlora_sglang.serving.communication_free import CommunicationFree
 from bdlora_sglang.serving.fully_sharded import FullySharded
 from bdlora_sglang.serving.kernels import NO_SLOT, choose_kernels
-from bdlora_sglang.serving.layers import served_modules, wrap_layer
+from bdlora_sglang.serving.layers import wrap_layer
 from bdlora_sglang.serving.limits import batch_limits
 from bdlora_sglang.serving.local_adapter import LocalAdapter, plan_adapter, read_adapter
 from bdlora_sglang.serving.options import LoRASharding, ServingOptions
 from bdlora_sglang.serving.pool import BDLoRAMemoryPool, slot_sizes_for_adapters
+from bdlora_sglang.serving.saved_weights import check_saved_weights, skip_or_refuse
+from bdlora_sglang.serving.served_modules import VOCABULARY, served_modules
 from bdlora_sglang.serving.sharding import Sharding, layer_shape
 from bdlora_sglang.serving.sizes import format_bytes
 
@@ -40,8 +41,6 @@ SHARDINGS: dict[LoRASharding, Sharding] = {
 }
 
 logger = logging.getLogger(__name__)
-
-_UNSUPPORTED_TARGETS = {"embed_tokens", "lm_head"}
 
 
 @dataclass(frozen=True)
@@ -62,12 +61,18 @@ class BDLoRAManager(LoRAManager):
         self.options = options
         self.sharding = SHARDINGS[options.lora_sharding]
         self.loras: dict[str, LocalAdapter]
+        self._hf_config = kwargs["base_hf_config"]  # SGLang keeps that of the language model
         super().__init__(*args, lora_backend=BACKEND_NAME, **kwargs)
 
     # --- loading ---------------------------------------------------------------------------------------------
 
     def init_lora_adapters(self, lora_paths: list[LoRARef] | None = None) -> None:
-        self.served = served_modules(self.base_model, self.base_hf_config)
+        refused: dict[str, str] = {}
+        if self.sharding.exchanges:
+            refused = dict.fromkeys(VOCABULARY, "--lora-sharding fully-sharded is for linear layers of the decoder")
+        elif not self.kernels.looks_up:
+            refused = {"embed_tokens": "LoRA on embeddings has no GPU kernel yet"}
+        self.served = served_modules(self.base_model, self._hf_config, refused)
         super().init_lora_adapters(lora_paths)
 
     def _load_lora_adapter(self, lora_ref: LoRARef) -> LoRAUpdateOutput:
@@ -87,7 +92,8 @@ class BDLoRAManager(LoRAManager):
         if ref.lora_name != ref.lora_path:
             check_adapter_name(ref.lora_name)
         folder = adapter_folder(ref.lora_path)
-        return self._read(ref, Adapter.open(folder), _read_added_tokens(folder))
+        adapter = Adapter.open(folder, self.base_hf_config.model_type)
+        return self._read(ref, adapter, _read_added_tokens(folder))
 
     def read_from_tensors(
         self,
@@ -98,8 +104,9 @@ class BDLoRAManager(LoRAManager):
     ) -> ReadAdapter:
         """The same for tensors in memory, under PEFT's names."""
         check_adapter_name(ref.lora_name)
-        adapter = Adapter.from_tensors(tensors, config_dict, f"adapter '{ref.lora_name}'")
-        return self._read(ref, adapter, added_tokens_config)
+        name = f"adapter '{ref.lora_name}'"
+        adapter = Adapter.from_tensors(tensors, config_dict, name, self.base_hf_config.model_type)
+        return self._read(ref, adapter, checked_tokens(added_tokens_config, name))
 
     def take_over(self, ref: LoRARef, adapter: ReadAdapter) -> LoRAUpdateOutput:
         """Make an adapter that every rank has read one that requests may name, or say why not: on all ranks alike."""
@@ -122,6 +129,8 @@ class BDLoRAManager(LoRAManager):
                 f"{adapter.config.source}: rank: found {adapter.max_rank}, expected at most --max-lora-rank = {limit}"
             )
         plan = plan_adapter(ref.lora_name, adapter, self.served, self.sharding, self.dtype)
+        unused = {**plan.unused, **check_saved_weights(adapter, self.base_model, self.served)}
+        skip_or_refuse(unused, adapter.checkpoint.source, self.lora_strict_loading, get_parallel().tp_rank == 0)
         pool = getattr(self, "memory_pool", None)
         if pool is None:
             # The pool is made to measure for the first adapters: `init_memory_pool` stages them.
@@ -135,7 +144,7 @@ class BDLoRAManager(LoRAManager):
         return HostBlock.allocate(elements, 0, self.dtype, pin_memory=False)
 
     def _sglang_config(self, adapter: Adapter, added_tokens: Mapping[str, int] | None) -> LoRAConfig:
-        fields = {"target_modules": adapter.config.target_modules, **adapter.config.raw}
+        fields = {**adapter.config.raw, "target_modules": adapter.config.target_modules}
         return LoRAConfig.from_dict(fields, added_tokens, base_vocab_size=self.base_hf_config.vocab_size)
 
     # --- start -----------------------------------------------------------------------------------------------
@@ -160,37 +169,39 @@ class BDLoRAManager(LoRAManager):
 
     def init_lora_shapes(self, max_lora_rank: int | None = None, target_modules: Iterable[str] | None = None) -> None:
         """Work out the target modules (SGLang's layer names) and the largest rank where they were not given."""
-        adapted = {name.rpartition(".")[2] for lora in self.loras.values() for name in lora.plan.targets}
+        adapted = {_leaf(name) for lora in self.loras.values() for name in lora.plan.targets}
         if target_modules is None:
             self.target_modules = adapted
         elif set(target_modules) == {"all"}:
-            self.target_modules = auto_detect_lora_target_modules(self.base_model) - _UNSUPPORTED_TARGETS
+            self.target_modules = {_leaf(name) for name in self.served.layers}
         else:
             self.target_modules = get_normalized_target_modules(target_modules)
-        self._check_target_modules(adapted)
+            self._check_target_modules(adapted)
         self.max_lora_rank = max_lora_rank or max((lora.plan.rank for lora in self.loras.values()), default=0)
         self.lora_added_tokens_size = 0
 
     def _check_target_modules(self, adapted: set[str]) -> None:
-        unsupported = self.target_modules & _UNSUPPORTED_TARGETS
-        if unsupported:
-            raise BDLoRAError(
-                f"--lora-target-modules: found {', '.join(sorted(unsupported))}, expected linear layers of the decoder "
-                "blocks: LoRA on embeddings and the output head is not supported"
-            )
-        if not adapted <= self.target_modules:
-            raise BDLoRAError(
-                f"--lora-target-modules: found {', '.join(sorted(self.target_modules))}, expected also "
-                f"{', '.join(sorted(adapted - self.target_modules))}, which the given adapters target"
-            )
+        served = {_leaf(name) for name in self.served.layers}
+        found = f"--lora-target-modules: found {', '.join(sorted(self.target_modules))}"
+        if not self.target_modules & served:
+            raise BDLoRAError(f"{found}, expected some of {', '.join(sorted(served))}, or all")
+        if unknown := self.target_modules - served:
+            logger.warning("--lora-target-modules: no layer is served for %s", ", ".join(sorted(unknown)))
+        if missing := adapted - self.target_modules:
+            raise BDLoRAError(f"{found}, expected also {', '.join(sorted(missing))}, which the given adapters target")
 
     def _detect_shared_outer_loras(self) -> bool:
         return False  # a format of MoE experts, which are not served
 
-    def set_lora_module(self, module_name: str, module: torch.nn.Module, **_options: object) -> BaseLayerWithLoRA:
-        wrapped = wrap_layer(module_name, module, self.lora_backend)
-        replace_submodule(self.base_model, module_name, wrapped)
-        return wrapped
+    def init_lora_modules(self) -> None:
+        """Wrap the layers that adapters may target here; all others, MoE experts among them, stay as they are."""
+        self.embed_tokens_module = self.lm_head_module = None
+        # SGLang's lists are by the number of a layer. Nobody asks for one by its number here.
+        self.lora_modules: list[dict[str, Any]] = [{}]
+        for name in sorted(self.served.layers):
+            if _leaf(name) in self.target_modules:
+                wrapped = wrap_layer(name, self.base_model.get_submodule(name), self.lora_backend)
+                self.lora_modules[0][name] = replace_submodule(self.base_model, name, wrapped)
 
     def init_memory_pool(self) -> None:
         self.memory_pool = BDLoRAMemoryPool(
@@ -212,7 +223,7 @@ class BDLoRAManager(LoRAManager):
             self.loras[lora_id] = replace(lora, packed=self.memory_pool.stage(lora.packed))
         # Now, because SGLang sizes the KV cache next, by the memory that is left.
         self.scratch_bytes = self.kernels.reserve(
-            {name: layer_shape(layer) for name, layer in self._base_layers().items()}, batch_limits()
+            {name: layer_shape(name, layer) for name, layer in self._base_layers().items()}, batch_limits()
         )
 
     def _slot_sizes(self) -> dict[str, SlotSize]:
@@ -228,7 +239,9 @@ class BDLoRAManager(LoRAManager):
         limit = self.options.max_local_rank or (self.max_lora_rank if self._rank_is_given else None)
         if limit is None:
             return given
-        return {name: self.sharding.slot_size(layer, limit).made_for(given[name]) for name, layer in layers.items()}
+        return {
+            name: self.sharding.slot_size(name, layer, limit).made_for(given[name]) for name, layer in layers.items()
+        }
 
     def used_part_of_slot(self) -> float:
         """Elements of a slot just large enough for the adapters that are loaded, of those that a slot has."""
@@ -276,12 +289,11 @@ def _largest(sizes: Iterable[SlotSize]) -> SlotSize:
     return largest
 
 
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
 def _read_added_tokens(folder: Path) -> Mapping[str, int] | None:
     """Tokens that the adapter adds to the vocabulary; SGLang refuses those that the base model does not have."""
     path = folder / "added_tokens.json"
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BDLoRAError(f"{path}: found {error}, expected a JSON object of token ids") from error
+    return checked_tokens(read_json(path, "added tokens"), str(path)) if path.is_file() else None

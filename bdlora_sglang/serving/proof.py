@@ -14,9 +14,9 @@ from sglang.srt.runtime_context import get_parallel
 from bdlora_sglang.adapter import Adapter
 from bdlora_sglang.errors import BDLoRAError
 from bdlora_sglang.serving.backend import BatchInfo
-from bdlora_sglang.serving.layers import ServedModule
 from bdlora_sglang.serving.local_adapter import AdapterPlan, plan_adapter, read_adapter
 from bdlora_sglang.serving.manager import BDLoRAManager
+from bdlora_sglang.serving.served_modules import VOCABULARY, ServedModule
 from bdlora_sglang.serving.sharding import layer_shape
 
 _TOKENS = 3
@@ -38,7 +38,9 @@ def prove_deltas(manager: BDLoRAManager, group: GroupCoordinator | None = None) 
     """
     first_of_kind: dict[str, str] = {}
     for name in manager.memory_pool.slots.layers:
-        first_of_kind.setdefault(name.rpartition(".")[2], name)
+        kind = name.rpartition(".")[2]
+        if kind not in VOCABULARY:  # which are given tokens, and rows of a batch
+            first_of_kind.setdefault(kind, name)
     proofs = [_Proof(manager, name, group or get_parallel().tp_group) for name in first_of_kind.values()]
     return [proof.layer for proof in proofs if proof.run()]
 
@@ -57,7 +59,7 @@ class _Proof:
         if module is None or getattr(self.base, "gather_output", False):
             return False
         name, rank = module
-        served = self.manager.served[name]
+        (served,) = self.manager.served.parts[name]
         x_TI = self._random(_TOKENS, served.in_features)
         x_local = self._local_inputs(x_TI, served)
         base = self._forward(x_local)
@@ -77,7 +79,8 @@ class _Proof:
 
     def _module_that_fits(self) -> tuple[str, int] | None:
         """A module of the layer, and the rank of an adapter on it that every rank has room for."""
-        names = [name for name, served in self.manager.served.items() if served.layer == self.layer]
+        parts_of = self.manager.served.parts
+        names = [name for name, parts in parts_of.items() if len(parts) == 1 and parts[0].layer == self.layer]
         candidates = [(name, rank) for rank in _RANKS for name in names]
         fits = [self._fits(self._adapter(name, rank)) for name, rank in candidates]
         for candidate, *everywhere in zip(candidates, *self.group.all_gather_object(fits), strict=True):
@@ -94,7 +97,7 @@ class _Proof:
 
     def _adapter(self, name: str, rank: int, gain: float = 1.0) -> Adapter:
         """Plain LoRA, the same on every rank; its delta is ``gain`` in size for inputs of size one."""
-        served = self.manager.served[name]
+        (served,) = self.manager.served.parts[name]
         a_RI = self._random(rank, served.in_features) / math.sqrt(served.in_features)
         b_OR = self._random(served.out_features, rank) * (gain / math.sqrt(rank))
         tensors = {
@@ -119,7 +122,7 @@ class _Proof:
 
     def _local_inputs(self, x_TI: torch.Tensor, served: ServedModule) -> torch.Tensor:
         shard = served.shard
-        x_local = torch.zeros(_TOKENS, layer_shape(self.base).inputs, dtype=x_TI.dtype)
+        x_local = torch.zeros(_TOKENS, layer_shape(self.layer, self.base).inputs, dtype=x_TI.dtype)
         x_local[:, shard.input_offset : shard.input_offset + len(shard.inputs)] = x_TI[:, _span(shard.inputs)]
         return x_local.to(self.manager.device)
 
@@ -151,7 +154,7 @@ class _Proof:
         )
         delta_TO = x_TI.double() @ a_RI.T @ b_OR.T
         shard = served.shard
-        expected = torch.zeros(_TOKENS, layer_shape(self.base).outputs, dtype=torch.float64)
+        expected = torch.zeros(_TOKENS, layer_shape(self.layer, self.base).outputs, dtype=torch.float64)
         outputs = shard.output_offset, shard.output_offset + len(shard.outputs)
         expected[:, outputs[0] : outputs[1]] = delta_TO[:, _span(shard.outputs)]
         return expected.to(self.manager.device)

@@ -28,7 +28,7 @@ from bdlora_sglang.serving.cpu.requests import request_receiver_over_shared_memo
 from bdlora_sglang.serving.gate.scheduler import GuardedScheduler
 from bdlora_sglang.serving.hardware import on_cpu_platform
 from bdlora_sglang.serving.kernels import give_back_host_memory
-from bdlora_sglang.serving.layers import ColumnParallelLinearWithBDLoRA, RowParallelLinearWithBDLoRA
+from bdlora_sglang.serving.layers import WRAPPERS
 from bdlora_sglang.serving.manager import BDLoRAManager, ReadAdapter
 from bdlora_sglang.serving.options import ServingOptions
 from bdlora_sglang.serving.pool import BDLoRAMemoryPool
@@ -223,7 +223,7 @@ def prove_in_place(model_runner: ModelRunner) -> int:
         (manager, BDLoRAManager),
         (getattr(manager, "memory_pool", None), BDLoRAMemoryPool),
         (getattr(manager, "lora_backend", None), BDLoRABackend),
-        *((layer, (ColumnParallelLinearWithBDLoRA, RowParallelLinearWithBDLoRA)) for layer in layers),
+        *((layer, WRAPPERS) for layer in layers),
     ]
     for found, kind in expected:
         if not isinstance(found, kind):

@@ -6,11 +6,12 @@ from typing import Any, Protocol
 
 import torch
 from sglang.srt.layers.linear import ColumnParallelLinear, RowParallelLinear
+from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from bdlora_kernels import LayerFactors, LayerPlan, SlotSize
 from bdlora_sglang.adapter import Adapter, LoRAModule
 from bdlora_sglang.serving.kernels import Kernels, LayerShape
-from bdlora_sglang.serving.layers import ServedModule
+from bdlora_sglang.serving.served_modules import ServedModule, module_key
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class Sharding(Protocol):
         Reading them raises `AdapterError` for NaN, infinity, or a value too large for ``dtype``.
         """
 
-    def slot_size(self, layer: ColumnParallelLinear | RowParallelLinear, rank: int) -> SlotSize:
-        """A slot that fits any adapter of at most ``rank``: the local rank, or the whole one (`flag_that_fits`)."""
+    def slot_size(self, name: str, layer: torch.nn.Module, rank: int) -> SlotSize:
+        """One of ``name`` that fits any adapter of at most ``rank``: the local or the whole one (`flag_that_fits`)."""
 
     def forward_with_base(
         self,
@@ -60,8 +61,15 @@ class Sharding(Protocol):
         """
 
 
-def layer_shape(layer: ColumnParallelLinear | RowParallelLinear) -> LayerShape:
-    """What a layer reads and writes on this rank, before its own collective."""
+def layer_shape(name: str, layer: torch.nn.Module) -> LayerShape:
+    """What a layer reads and writes on this rank, before its own collective.
+
+    Of an embedding, that is a column for each token of the vocabulary; tied layers are told apart by ``name``.
+    """
     if isinstance(layer, RowParallelLinear):
         return LayerShape(layer.input_size_per_partition, layer.output_size)
-    return LayerShape(layer.input_size, sum(layer.output_partition_sizes))
+    if isinstance(layer, ColumnParallelLinear):
+        return LayerShape(layer.input_size, sum(layer.output_partition_sizes))
+    assert isinstance(layer, VocabParallelEmbedding), f"{name}: a {type(layer).__name__}"
+    hidden, tokens = layer.embedding_dim, layer.num_embeddings_per_partition
+    return LayerShape(hidden, tokens) if module_key(name) == "lm_head" else LayerShape(tokens, hidden)

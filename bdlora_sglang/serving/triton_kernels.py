@@ -16,6 +16,8 @@ from bdlora_sglang.serving.kernels import INTERPRETED, NO_SLOT, BatchLimits, Lay
 class TritonKernels:
     """Triton's segment kernels. All that they read stands at fixed addresses: captured or not, the call is the same."""
 
+    looks_up = False
+
     def __init__(self, device: torch.device, num_slots: int, deterministic: bool = False) -> None:
         """``deterministic``: a token's result is the same whatever else is in its batch (batch-invariant)."""
         self._device, self._num_slots = device, num_slots
@@ -112,6 +114,11 @@ class TritonKernels:
         tables, batch = factors.tables, (segments.table, segments.scratch)
         configuration = self._configurations.choose(shape_of(x_TI, outputs, tables, segments.table))
         return forward_with_base(base, outputs, x_TI, factors, tables, *batch, configuration, self._second_stream)
+
+    def add_embedding_delta(
+        self, y_TO: torch.Tensor, ids_T: torch.Tensor, first_id: int, factors: LayerFactors, segments: Any
+    ) -> None:
+        raise AssertionError("`looks_up` is asked first")
 
 
 def token_counts(most: int) -> list[int]:

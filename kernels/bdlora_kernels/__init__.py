@@ -6,6 +6,7 @@ What runs Triton is in `bdlora_kernels.launch`, which this package does not impo
 from bdlora_kernels.batched import BatchedFactors, add_lora_delta
 from bdlora_kernels.batched_slots import BatchedSlots
 from bdlora_kernels.device_slots import DeviceFactors, DeviceSlots
+from bdlora_kernels.embedding import add_embedding_delta
 from bdlora_kernels.layout import LayerFactors, PackedFactors, Slice
 from bdlora_kernels.packing import (
     HostBlock,
@@ -39,6 +40,7 @@ __all__ = [
     "SlotSize",
     "TokenBatch",
     "UnpackedSlice",
+    "add_embedding_delta",
     "add_lora_delta",
     "group_tokens",
     "pack",

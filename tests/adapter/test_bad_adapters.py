@@ -11,7 +11,7 @@ import torch
 
 from bdlora_sglang.adapter import Adapter, ModuleShard, read_slice, slice_module
 from bdlora_sglang.errors import AdapterError
-from tests.adapter.drafts import CONFIG, PREFIX, WEIGHTS, Draft, O, Q, assert_refused
+from tests.adapter.drafts import CONFIG, WEIGHTS, Draft, O, Q, assert_refused
 
 NESTED_TOO_DEEPLY = b"[" * 100_000
 
@@ -133,6 +133,21 @@ def no_tensors(draft: Draft) -> None:
     draft.tensors.clear()
 
 
+EMBED = "base_model.model.model.embed_tokens"
+
+
+def _embedding(rank: int) -> dict[str, torch.Tensor]:
+    return {
+        f"{EMBED}.lora_embedding_A": torch.ones(rank, 20),
+        f"{EMBED}.lora_embedding_B": torch.ones(32, rank),
+    }
+
+
+def embedding_of_rank_9(draft: Draft) -> None:
+    draft.tensors.update(_embedding(9))
+    draft.config["target_modules"].append("embed_tokens")
+
+
 CONTRADICTIONS = {
     "rank-not-divisible": (bdlora(nblocks=3), "rank of module", "8", "a multiple of use_bdlora.nblocks = 3"),
     "pattern-rank-not-divisible": (config(rank_pattern={"o_proj": 6}), "rank of module", "6", "nblocks = 4"),
@@ -150,18 +165,17 @@ CONTRADICTIONS = {
     "no-B": (tensor(QB, None), "module 'model.layers.0.self_attn.q_proj'", "no lora_B.weight", "both"),
     "no-A": (tensor(OA, None), "module 'model.layers.0.self_attn.o_proj'", "no lora_A.weight", "both"),
     "no-tensors": (no_tensors, "adapter weights", "no LoRA tensors", "lora_A.weight"),
-    "module-not-targeted": (config(target_modules=["q_proj"]), f"'{OA}'", "does not target", "target_modules"),
-    "module-not-targeted-by-regex": (config(target_modules=r".*\.q_proj"), f"'{OA}'", "does not target", "q_proj"),
-    "layer-not-targeted": (config(layers_to_transform=[1]), f"'{OA}'", "does not target", "layers_to_transform"),
     "matches-no-side": (bdlora(target_modules_bd_a=["down_proj"]), "o_proj'", "no match in", "match_strict: false"),
     "matches-both-sides": (bdlora(target_modules_bd_a=["proj"]), "proj'", "a match in both", "one of them"),
     "dora-magnitude": (
         tensor(f"{Q}.lora_magnitude_vector", torch.ones(64)), "lora_magnitude_vector'", "not LoRA", "no DoRA",
     ),
-    "embedding": (
-        tensor(f"{PREFIX}.embed_tokens.lora_embedding_A", torch.ones(8, 9)), "embedding_A'", "not LoRA", "embedding",
+    "embedding-of-another-rank": (
+        embedding_of_rank_9, "embedding_A' shape", "(9, 20)", "(8, *)",
     ),
-    "saved-module": (tensor("base_model.model.lm_head.weight", torch.ones(9, 9)), "lm_head", "not LoRA", "saved"),
+    "no-B-of-an-embedding": (
+        tensor(f"{EMBED}.lora_embedding_A", torch.ones(8, 20)), "embed_tokens'", "no lora_B", "both factors",
+    ),
     "bias-of-B": (tensor(f"{Q}.lora_B.bias", torch.ones(64)), "lora_B.bias'", "not LoRA", "bias"),
     "duplicate": (tensor(f"{Q}.lora_A.default.weight", torch.ones(8, 32)), f"'{QA}'", "a duplicate", "one of them"),
 }  # fmt: skip

@@ -70,7 +70,6 @@ FEATURES = {
     "use_qalora": (True, "QALoRA"),
     "lora_bias": (True, "bias in lora_B"),
     "bias": ("all", "trained biases"),
-    "modules_to_save": (["lm_head"], "fully trained modules"),
     "trainable_token_indices": ([3, 4], "trainable tokens"),
     "target_parameters": (["mlp.experts.down_proj"], "MoE experts"),
     "alora_invocation_tokens": ([5], "activated LoRA"),

@@ -47,7 +47,7 @@ def test_targets(target: str | list[str]) -> None:
             }
             ours, peft = config(**fields), LoraConfig(**fields)
             for name in NAMES:
-                assert ours.targets(name) == bool(check_target_module_exists(peft, name)), (name, fields)
+                assert ours.adapts(name) == bool(check_target_module_exists(peft, name)), (name, fields)
 
 
 class Block(nn.Module):

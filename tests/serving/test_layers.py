@@ -125,6 +125,7 @@ def _forward(adapter: Adapter, kind: str, layer: torch.nn.Module, x: torch.Tenso
     """The wrapped layer's output on this rank, all tokens with the adapter, through pool layout, backend and kernel."""
     from bdlora_sglang.serving.backend import BatchInfo, BDLoRABackend
     from bdlora_sglang.serving.communication_free import CommunicationFree
+    from bdlora_sglang.serving.head_rows import HeadRows
     from bdlora_sglang.serving.kernels import TorchKernels
     from bdlora_sglang.serving.layers import wrap_layer
 
@@ -134,14 +135,14 @@ def _forward(adapter: Adapter, kind: str, layer: torch.nn.Module, x: torch.Tenso
     factors = _local_factors(adapter, kind, layer, CommunicationFree())
     wrapped = wrap_layer(kind, layer, backend)
     wrapped.set_lora_info(factors)
-    backend.batch_info = BatchInfo(True, kernels.segments([0], [len(x)], graph=None))
+    backend.batch_info = BatchInfo(True, kernels.segments([0], [len(x)], graph=None), HeadRows((0,), None))
     return wrapped(x)[0]
 
 
 def _local_factors(adapter: Adapter, kind: str, layer: torch.nn.Module, sharding: Any) -> BatchedFactors:
     """The factors of the first layer that this rank holds, in slot 0 of a pool."""
-    from bdlora_sglang.serving.layers import served_modules
     from bdlora_sglang.serving.local_adapter import plan_adapter, read_adapter
+    from bdlora_sglang.serving.served_modules import served_modules
 
     parent = "self_attn" if kind == "qkv_proj" else "mlp"
     tree = torch.nn.ModuleDict({"model": torch.nn.ModuleDict({"layers": torch.nn.ModuleList([])})})
@@ -186,7 +187,7 @@ def test_fully_sharded_qkv(zoo: Zoo, as_rank: Any, kv_heads: int, tp: int, block
         as_rank(rank, tp)
         layer = QKVParallelLinear(96, 8, 24, kv_heads, bias=False, params_dtype=torch.float32, parallel_group="tp")
         factors.append(_local_factors(adapter, "qkv_proj", layer, FullySharded()))
-        assert_fits(FullySharded().slot_size(layer, lora_rank), factors[-1])
+        assert_fits(FullySharded().slot_size("", layer, lora_rank), factors[-1])
     gathered = torch.stack([shrink(x, own, segments) for own in factors])
     for rank, own in enumerate(factors):
         heads = [(rank * 24 // tp, 24 // tp), _kv_heads(rank, tp, kv_heads), _kv_heads(rank, tp, kv_heads)]
@@ -222,7 +223,7 @@ def test_fully_sharded_row_parallel(zoo: Zoo, as_rank: Any, tp: int, nblocks: in
             384, 96, bias=False, params_dtype=torch.float32, reduce_results=False, parallel_group="tp"
         )
         factors.append(_local_factors(adapter, "down_proj", layer, FullySharded()))
-        assert_fits(FullySharded().slot_size(layer, 24), factors[-1])
+        assert_fits(FullySharded().slot_size("", layer, 24), factors[-1])
         shrunk += shrink(x[:, rank * part : (rank + 1) * part], factors[-1], segments)
     written = torch.zeros(96)
     total = torch.zeros(TOKENS, 96)

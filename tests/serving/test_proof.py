@@ -25,7 +25,8 @@ def manager(dtype: torch.dtype, wrapper: Any = None) -> SimpleNamespace:
     from bdlora_sglang.serving.backend import BDLoRABackend
     from bdlora_sglang.serving.communication_free import CommunicationFree
     from bdlora_sglang.serving.kernels import TorchKernels
-    from bdlora_sglang.serving.layers import served_modules, wrap_layer
+    from bdlora_sglang.serving.layers import wrap_layer
+    from bdlora_sglang.serving.served_modules import served_modules
 
     options = {"bias": False, "params_dtype": dtype, "parallel_group": "tp"}
     layers = {
@@ -45,7 +46,7 @@ def manager(dtype: torch.dtype, wrapper: Any = None) -> SimpleNamespace:
         BDLoRABackend(2, layer.weight.device),
     )
     backend.use(sharding, kernels)
-    sizes = {name: sharding.slot_size(layer, 4) for name, layer in layers.items()}
+    sizes = {name: sharding.slot_size(name, layer, 4) for name, layer in layers.items()}
     slots = BatchedSlots(2, sizes, dtype, torch.device("cpu"), pin_memory=False)
     wrapped = {name: wrap_layer(name, layer, backend) for name, layer in layers.items()}
     for name, module in wrapped.items():

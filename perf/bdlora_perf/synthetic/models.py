@@ -24,7 +24,7 @@ ALL_MODULES = ATTENTION_MODULES + MLP_MODULES
 
 # Which factor is block-diagonal, by module: row-parallel layers A, column-parallel layers B.
 BD_A_MODULES = ("o_proj", "down_proj")
-BD_B_MODULES = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+BD_B_MODULES = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "qkv_proj", "gate_up_proj", "lm_head")
 
 _SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
@@ -49,6 +49,10 @@ _ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen3": {"use_sliding_window": False},
     "mistral": {"sliding_window": None},
     "gemma": {"tie_word_embeddings": True, "hidden_act": "gelu_python"},
+    "phi3": {"sliding_window": None},
+    "gemma2": {"tie_word_embeddings": True, "query_pre_attn_scalar": 8, "sliding_window": 2048},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
 }
 ARCHITECTURES = tuple(_ARCHITECTURES)
 
@@ -86,7 +90,7 @@ def make_model(
     config = AutoConfig.for_model(architecture, **{**_SHAPE, **_ARCHITECTURES[architecture], **overrides})
     config.dtype = torch.float32
     model = AutoModelForCausalLM.from_config(config)
-    _fill_weights(model, torch.Generator().manual_seed(seed), zero_centred_norms=architecture == "gemma")
+    _fill_weights(model, torch.Generator().manual_seed(seed), zero_centred_norms=architecture.startswith("gemma"))
     tokenizer = make_tokenizer()
     if printable:
         assert not config.tie_word_embeddings, "a row of the embedding is not to be zeroed"
@@ -128,8 +132,8 @@ def _fill_weights(model: "PreTrainedModel", generator: torch.Generator, zero_cen
         elif name.endswith("lm_head.weight"):
             std = logit_std
         else:
-            gain = residual_gain if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
-            std = gain / math.sqrt(weight.shape[1])
+            gain = residual_gain if name.removesuffix(".weight").endswith(("o_proj", "down_proj")) else 1.0
+            std = gain / math.sqrt(weight.shape[-1])
         with torch.no_grad():
             weight.copy_(mean + std * torch.randn(weight.shape, generator=generator))
 
@@ -195,20 +199,31 @@ def make_adapter(
     generator = torch.Generator().manual_seed(seed)
     weights: dict[str, torch.Tensor] = {}
     for name, layer in sorted(model.named_modules()):
-        if not getattr(layer, "lora_A", None):
+        factors = _factors(layer)
+        if factors is None:
             continue
-        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        # A's outputs have unit variance; B's sum as many of them as it has columns.
+        a, b = (factor for _, factor in factors)
+        # A's outputs have unit variance; B's sum as many of them as it has columns. An embedding looks A up.
+        a_std = 1.0 if getattr(layer, "lora_embedding_A", None) else 1 / math.sqrt(a.shape[1])
         b_std = scale / (layer.scaling["default"] * math.sqrt(b.shape[1]))
-        for factor, weight, std in (("A", a, 1 / math.sqrt(a.shape[1])), ("B", b, b_std)):
+        for (suffix, weight), std in zip(factors, (a_std, b_std), strict=True):
             values = std * torch.randn(weight.shape, generator=generator)
-            weights[f"{name}.lora_{factor}.default.weight"] = values.to(dtype)
-    expected = get_peft_model_state_dict(model, state_dict=model.state_dict())
+            weights[f"{name}.{suffix}"] = values.to(dtype)
+    expected = get_peft_model_state_dict(model, state_dict=model.state_dict(), save_embedding_layers=False)
     assert len(weights) == len(expected), "every LoRA tensor is filled"
     folder = Path(folder)
-    model.save_pretrained(str(folder), state_dict=weights)
+    model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
     _settle_config(folder / "adapter_config.json", model_folder)
     return folder
+
+
+def _factors(layer: torch.nn.Module) -> list[tuple[str, torch.Tensor]] | None:
+    """PEFT's A and B of a linear module or an embedding, each with its name; None where there is no LoRA."""
+    for name, suffix in (("lora_embedding_", ".default"), ("lora_", ".default.weight")):
+        if getattr(layer, f"{name}A", None):
+            factors = [(factor, getattr(layer, f"{name}{factor}")["default"]) for factor in "AB"]
+            return [(f"{name}{factor}{suffix}", getattr(weight, "weight", weight)) for factor, weight in factors]
+    return None
 
 
 def _settle_config(path: Path, model_folder: str | Path) -> None:

@@ -69,7 +69,7 @@ REFUSALS = {
         ["q_proj", "NaN"],
     ),
     "other base model": (lambda folder: _edit_tensors(folder, _wrong_width), ["up_proj.lora_A", "found 92", "96"]),
-    "output head": (_add_output_head, ["lm_head", "q_proj"]),
+    "output head": (_add_output_head, ["lm_head", "--lora-target-modules"]),
     "added tokens": (
         lambda folder: (folder / "added_tokens.json").write_text('{"<new>": 512}'),
         ["add tokens to the vocabulary"],
