@@ -41,8 +41,9 @@ _SHAPE: dict[str, Any] = {
     "pad_token_id": EOS_ID,
 }
 
-# SGLang derives Qwen2's head size from the hidden size, so the two must agree. Its Gemma computes GeLU exactly whatever
-# the config says, and transformers takes "gelu" for the tanh approximation: "gelu_python" is exact in both.
+# SGLang derives the head size of Qwen2 and Mixtral from the hidden size, so the two must agree. Its Gemma computes GeLU
+# exactly whatever the config says, and transformers takes "gelu" for the tanh approximation: "gelu_python" is exact in
+# both.
 _ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {"hidden_size": 192, "use_sliding_window": False},
@@ -52,7 +53,7 @@ _ARCHITECTURES: dict[str, dict[str, Any]] = {
     "phi3": {"sliding_window": None},
     "gemma2": {"tie_word_embeddings": True, "query_pre_attn_scalar": 8, "sliding_window": 2048},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True},
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    "mixtral": {"hidden_size": 192, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
 }
 ARCHITECTURES = tuple(_ARCHITECTURES)
 
