@@ -41,7 +41,7 @@ def resolve_model(model: str) -> str:
         return model
     if _URL.match(model):
         return model
-    if not _REPO_ID.match(model):
+    if model.startswith(".") or not _REPO_ID.match(model):
         raise BDLoRAError(
             f"--model {model}: found no such folder, expected a path, a Hugging Face repo id or a short name "
             f"({', '.join(MODEL_NAMES)})"

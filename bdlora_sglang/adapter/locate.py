@@ -8,7 +8,6 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from bdlora_sglang.adapter.adapter import Adapter
 from bdlora_sglang.adapter.checkpoint import WEIGHTS_PATTERNS
 from bdlora_sglang.adapter.config import CONFIG_NAME
 from bdlora_sglang.errors import BDLoRAError
@@ -47,22 +46,16 @@ def find_adapters(specs: Iterable[str]) -> list[NamedAdapter]:
     return list(adapters.values())
 
 
-def open_adapters(specs: Iterable[str]) -> list[NamedAdapter]:
-    """`find_adapters`, with each adapter's config and tensor shapes checked; raises `AdapterError` too."""
-    named = find_adapters(specs)
-    for adapter in named:
-        Adapter.open(adapter_folder(adapter.path))
-    return named
-
-
 def _expand(spec: str) -> list[NamedAdapter]:
     folder = Path(spec)
     if folder.is_dir():
-        if (folder / CONFIG_NAME).is_file():
+        if looks_like_adapter(folder):
             return [NamedAdapter(folder.resolve().name, spec)]
-        inner = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+        inner = [child for child in _subfolders(folder) if _holds_adapter(child)]
         if not inner:
-            raise BDLoRAError(f"--adapters {spec}: found no {CONFIG_NAME} and no subfolders, expected PEFT adapters")
+            raise BDLoRAError(
+                f"--adapters {spec}: found no {CONFIG_NAME} and no subfolders with one, expected PEFT adapters"
+            )
         return [NamedAdapter(path.name, str(path)) for path in inner]
     name, separator, path = spec.partition("=")
     if separator:
@@ -72,6 +65,33 @@ def _expand(spec: str) -> list[NamedAdapter]:
     raise BDLoRAError(
         f"--adapters {spec}: found no such folder, expected a folder, name=path or a Hugging Face repo id"
     )
+
+
+def looks_like_adapter(folder: Path) -> bool:
+    """Whether there is a config or weights of an adapter; one of the two counts, so that its fault is reported."""
+    return (folder / CONFIG_NAME).exists() or any(folder.glob("adapter_model.*"))
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def _holds_adapter(folder: Path) -> bool:
+    return looks_like_adapter(folder) or any(map(looks_like_adapter, _subfolders(folder)))
+
+
+def _inside(folder: Path) -> Path:
+    """``folder``, or the adapter in it, when it is the parent of just one (a trainer's only ``checkpoint-N``)."""
+    if not folder.is_dir() or looks_like_adapter(folder):
+        return folder
+    # A link might lead out of the folders that clients may load from.
+    inner = [path for path in _subfolders(folder) if looks_like_adapter(path) and not path.is_symlink()]
+    if len(inner) > 1:
+        raise BDLoRAError(
+            f"{folder}: found the adapters {', '.join(path.name for path in inner)}, expected one: name it with "
+            f"--adapters {folder.name}={inner[-1]}"
+        )
+    return inner[0] if inner else folder
 
 
 def folders_of(adapters: Iterable[NamedAdapter]) -> tuple[str, ...]:
@@ -89,14 +109,14 @@ def check_adapter_name(name: object) -> None:
 
 def is_repo_id(path: str) -> bool:
     """Whether ``path`` looks like a Hugging Face repo id."""
-    return _REPO_ID.match(path) is not None
+    return not path.startswith(".") and _REPO_ID.match(path) is not None
 
 
 def adapter_folder(path: str) -> Path:
     """The local folder of an adapter; a repo id is downloaded (config and safetensors alone) or found in the cache."""
     folder = Path(path)
     if folder.exists() or not is_repo_id(path):
-        return folder
+        return _inside(folder)
     try:
         return Path(snapshot_download(path, allow_patterns=[CONFIG_NAME, *WEIGHTS_PATTERNS, "added_tokens.json"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from bdlora_sglang.adapter.checkpoint import WEIGHTS_NAME
-from bdlora_sglang.adapter.config import CONFIG_NAME
+from bdlora_sglang.adapter.locate import looks_like_adapter
 from bdlora_sglang.convert.report import METADATA_KEY, ConversionReport
 from bdlora_sglang.errors import BDLoRAError
 
@@ -57,17 +57,13 @@ def find_adapters(folder: Path) -> list[Path]:
 
     Empty when ``folder`` is an adapter itself. A subfolder with one of the two counts, so that its fault is reported.
     """
-    if not folder.is_dir() or _looks_like_adapter(folder):
+    if not folder.is_dir() or looks_like_adapter(folder):
         return []
     return sorted(
         child
         for child in folder.iterdir()
-        if child.is_dir() and not child.name.startswith(".") and _looks_like_adapter(child)
+        if child.is_dir() and not child.name.startswith(".") and looks_like_adapter(child)
     )
-
-
-def _looks_like_adapter(folder: Path) -> bool:
-    return (folder / CONFIG_NAME).exists() or any(folder.glob("adapter_model.*"))
 
 
 def convert_all(jobs: Sequence[Job], workers: int, progress: JobProgress | None = None) -> Iterator[Result]:

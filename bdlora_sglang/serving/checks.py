@@ -1,15 +1,21 @@
-"""What cannot be served, found before any process starts: TP degrees that do not fit the model, grammar backends."""
+"""What cannot be served, found before any process starts: features, TP degrees that do not fit, grammar backends."""
 
 import json
+import traceback
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
+from msgspec.structs import fields
+from sglang.srt.arg_groups.overrides import declare_resolution, model_config_of, resolving_view
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.hf_transformers.common import get_hf_text_config
 from sglang.srt.utils.hf_transformers.config import get_config
 
 from bdlora_sglang.errors import BDLoRAError
+from bdlora_sglang.serving.backend import BACKEND_NAME
+from bdlora_sglang.serving.feature import check_features
+from bdlora_sglang.serving.features import FEATURES
 from bdlora_sglang.serving.hardware import on_cpu_platform
 
 # By its presence a config has experts, whose intermediate size SGLang splits in ways of its own (``--ep-size``).
@@ -79,10 +85,10 @@ def model_sizes(hf_config: Any) -> ModelSizes | None:
 def check_model(server_args: ServerArgs) -> None:
     """Raise `BDLoRAError` when the model cannot be split over the ranks. Reads its config, and none of its weights.
 
-    A config that cannot be read is left to SGLang, which says so itself, or finds the model elsewhere. So is attention
-    that is split by other rules than ``--tp``.
+    Before SGLang resolves the arguments: on a CPU it then pads the heads in the config that it keeps. A config that
+    cannot be read is left to SGLang, which says so itself, or finds the model elsewhere.
     """
-    if server_args.enable_dp_attention or server_args.attn_cp_size > 1 or server_args.tp_size == 1:
+    if server_args.tp_size == 1:
         return
     try:
         hf_config = get_config(
@@ -112,8 +118,58 @@ def check_grammar_backend(name: str | None) -> None:
     )
 
 
-def check_server_args(server_args: ServerArgs) -> None:
-    """Raise `BDLoRAError` for what these arguments ask for and no server of ours gives. ``resolve_once`` may follow."""
+def resolve(server_args: ServerArgs) -> None:
+    """Resolve the arguments with BD-LoRA's backend among them, so that SGLang's own checks judge that one.
+
+    Raises:
+        BDLoRAError: a LoRA backend of SGLang's is asked for, a TP degree that does not fit the model, or SGLang refuses
+            the arguments.
+    """
+    if server_args.lora_backend not in (BACKEND_NAME, _default("lora_backend")):
+        raise foreign_lora_backend(server_args.lora_backend)
     check_model(server_args)
+    # What SGLang has for launchers that decide something before it does.
+    declare_resolution(server_args, "bdlora_sglang", lora_backend=BACKEND_NAME)
+    try:
+        server_args.resolve_once()
+    except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:
+        # An assertion may say nothing but its own line.
+        reason = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
+        raise BDLoRAError(f"SGLang refuses its arguments: {reason}") from error
+
+
+def foreign_lora_backend(found: object) -> BDLoRAError:
+    return BDLoRAError(
+        f"--lora-backend: found '{found}', expected none: BD-LoRA brings its own; --lora-sharding sglang takes one"
+    )
+
+
+def check_server_args(server_args: ServerArgs) -> None:
+    """Raise `BDLoRAError` for what these arguments ask for and no server of ours gives.
+
+    Args:
+        server_args: after `resolve`; only what was resolved is looked at, however it was given.
+    """
+    resolved = resolving_view(server_args)
+    check_features(FEATURES, resolved, asks_for_lora(server_args), on_cpu_platform())
     if on_cpu_platform():
-        check_grammar_backend(server_args.grammar_backend)
+        check_quantization(model_config_of(server_args).quantization)
+        check_grammar_backend(resolved.grammar_backend)
+
+
+def asks_for_lora(server_args: ServerArgs) -> bool:
+    """Whether adapters are to be served. Asked of what was given: SGLang resolves LoRA away for some features."""
+    return bool(server_args.enable_lora or (server_args.enable_lora is None and server_args.lora_paths))
+
+
+def check_quantization(found: str | None) -> None:
+    """Raise `BDLoRAError` for a quantised base model, by a flag or by its own config: the CPU has no kernels."""
+    if found is not None:
+        raise BDLoRAError(
+            f"--quantization: found '{found}' (given, or in the model's config.json), expected none on the CPU: "
+            "quantised models run on SGLang's GPU kernels"
+        )
+
+
+def _default(name: str) -> object:
+    return next(field.default for field in fields(ServerArgs) if field.name == name)

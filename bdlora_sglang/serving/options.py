@@ -41,6 +41,8 @@ class ServingOptions:
     ``max_local_rank`` sizes the memory pool: the largest rank that a slot holds on one GPU, all blocks of one module
     together. By default it is worked out from the adapters given at start, or is ``--max-lora-rank`` where that is set.
 
+    ``skip_bad_adapters`` starts without those of the adapters given that cannot be served.
+
     Raises:
         BDLoRAError: ``max_local_rank`` with a sharding that knows no local rank.
     """
@@ -48,6 +50,7 @@ class ServingOptions:
     max_local_rank: int | None = None
     lora_sharding: LoRASharding = LoRASharding.COMMUNICATION_FREE
     gate: GateOptions = field(default_factory=GateOptions)
+    skip_bad_adapters: bool = False
 
     def __post_init__(self) -> None:
         if self.max_local_rank is not None and self.lora_sharding is not LoRASharding.COMMUNICATION_FREE:

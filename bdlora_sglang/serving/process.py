@@ -22,6 +22,7 @@ from bdlora_sglang.serving.hardware import on_cpu_platform
 from bdlora_sglang.serving.options import ServingOptions
 from bdlora_sglang.serving.report import print_adapters
 from bdlora_sglang.serving.scheduler import BDLoRAScheduler
+from bdlora_sglang.serving.start_failures import StartFailures
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ def run_scheduler_process(
     display_moe_ep_rank: int | None = None,
     *,
     options: ServingOptions,
+    failures: StartFailures,
     scheduler_class: type[BDLoRAScheduler] = BDLoRAScheduler,
 ) -> None:
     """Run a scheduler until it is told to stop. The positional arguments are SGLang's."""
@@ -62,14 +64,21 @@ def run_scheduler_process(
     _init_tracing(tp_rank, dp_rank, pp_rank)
 
     scheduler: BDLoRAScheduler | None = None
+    started = False
     try:
         scheduler = scheduler_class(server_args, port_args, options=options)
         if tp_rank == 0 and not dp_rank and scheduler.enable_lora:
             print_adapters(scheduler.tp_worker.model_runner)
         pipe_writer.send(scheduler.get_init_info())
+        started = True
         scheduler.run_event_loop()
-    except Exception:
+    except Exception as error:
         logger.error(f"Scheduler hit an exception: {get_exception_traceback()}")
+        if not started:
+            failures.put(error)
+            # What SGLang reads as a failed start.
+            pipe_writer.send({"status": "failed"})
+            return
         parent_process.send_signal(signal.SIGQUIT)
         if envs.SGLANG_KILLPG_ON_SCHEDULER_EXCEPTION.get():
             os.killpg(os.getpgrp(), signal.SIGKILL)

@@ -1,10 +1,15 @@
 """``bdlora launch``: SGLang's own server, with BD-LoRA inside."""
 
 import os
+import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from bdlora_cli.config_file import read_config, sglang_flags
+from bdlora_cli.dry_run import print_memory_plan
+from bdlora_sglang.errors import BDLoRAError
 from bdlora_sglang.model_names import MODEL_NAMES, resolve_model
 from bdlora_sglang.serving.options import GateOptions, LoRASharding, ServingOptions
 
@@ -22,7 +27,9 @@ Short names of models:
 def launch(
     context: typer.Context,
     model: Annotated[str, typer.Option("--model", "--model-path", help="Path, Hugging Face repo id or short name.")],
-    tp: Annotated[int, typer.Option("--tp", "--tp-size", "--tensor-parallel-size", min=1, help="TP degree.")] = 1,
+    tp: Annotated[
+        int | None, typer.Option("--tp", "--tp-size", "--tensor-parallel-size", min=1, help="TP degree. Default: 1.")
+    ] = None,
     adapters: Annotated[
         list[str] | None,
         typer.Option(
@@ -66,15 +73,33 @@ def launch(
         bool,
         typer.Option("--allow-unknown-models", help="The base model answers for unknown model names, as in SGLang."),
     ] = False,
+    skip_bad_adapters: Annotated[
+        bool, typer.Option("--skip-bad-adapters", help="Start without the adapters given that cannot be served.")
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Say what slots, weights and KV cache take on each GPU, from the model's config, and end."
+        ),
+    ] = False,
+    gpu_memory: Annotated[
+        float | None, typer.Option("--gpu-memory", min=1, help="GiB of a GPU, for --dry-run. Default: this machine's.")
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config", callback=read_config, is_eager=True, help="A YAML file of flags, those above and SGLang's."
+        ),
+    ] = None,
     allow_untested_sglang: Annotated[
         bool, typer.Option("--allow-untested-sglang", help="Go on with an SGLang that BD-LoRA was not tested with.")
     ] = False,
 ) -> None:
     # First what needs no SGLang, which takes many seconds to import.
-    from bdlora_sglang.adapter.locate import folders_of, open_adapters
+    from bdlora_sglang.adapter.locate import find_adapters, folders_of
 
     model_path = resolve_model(model)
-    named = open_adapters(adapters or [])
+    named = find_adapters(adapters or [])
     gate = GateOptions(
         adapter_roots=tuple(adapter_root) if adapter_root else folders_of(named),
         adapters_from_hub=adapters_from_hub,
@@ -82,7 +107,12 @@ def launch(
         allow_unknown_models=allow_unknown_models,
         aliases=(model,),
     )
-    options = ServingOptions(max_local_rank, lora_sharding, gate)
+    options = ServingOptions(max_local_rank, lora_sharding, gate, skip_bad_adapters)
+
+    if dry_run:
+        with sglang_flags(context) as flags:
+            print_memory_plan(model_path, tp, named, flags, options, gpu_memory)
+        return
 
     from sglang.srt.utils import kill_process_tree
 
@@ -92,9 +122,16 @@ def launch(
     engine.check_sglang_version(allow_untested_sglang)
     if not has_accelerator():
         typer.echo("No GPU here: serving on the CPU platform, without CUDA graphs.")
-    arguments = launch.server_args(model_path, tp, named, context.args, lora_sharding)
+    with sglang_flags(context) as flags:
+        arguments = launch.server_args(model_path, tp, named, flags, lora_sharding)
     try:
         engine.launch_server(arguments, options)
+    except BDLoRAError as error:
+        kill_process_tree(os.getpid(), include_parent=False)
+        typer.secho(f"bdlora: {error}", fg=typer.colors.RED, err=True)
+        # Python's own way out would still complain, below the reason, of semaphores that the killed processes had.
+        sys.stderr.flush()
+        os._exit(1)
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
 

@@ -10,6 +10,7 @@ import torch
 from sglang.srt.lora.mem_pool import LoRAMemoryPool
 from sglang.srt.runtime_context import get_parallel
 
+from bdlora_kernels import DeviceSlots
 from bdlora_sglang.serving.kernels import choose_kernels
 from bdlora_sglang.serving.local_adapter import LocalAdapter
 from bdlora_sglang.serving.manager import BDLoRAManager
@@ -45,6 +46,7 @@ class ProbedScheduler(BDLoRAScheduler):
     def run_event_loop(self) -> None:
         self._report("rank", self._measure())
         self._report("cores", _cores())
+        self._report("gpu_slots", self._gpu_slots())
         self._report("changed", changed(self._sglang_before, sglang_objects()))
         super().run_event_loop()
 
@@ -63,6 +65,14 @@ class ProbedScheduler(BDLoRAScheduler):
 
     def _measure(self) -> dict[str, dict[str, int]]:
         return {lora.plan.name: self._measure_adapter(lora) for lora in self._manager.loras.values()}
+
+    def _gpu_slots(self) -> dict[str, int]:
+        """What this pool's slots would take on a GPU."""
+        pool, manager = self._manager.memory_pool, self._manager
+        slots = DeviceSlots(
+            pool.max_loras_per_batch, manager._slot_sizes(), manager.dtype, torch.device("meta"), pin_memory=False
+        )
+        return {"slots": pool.max_loras_per_batch, "slot_bytes": slots.slot_bytes}
 
     @property
     def _manager(self) -> BDLoRAManager:

@@ -4,6 +4,8 @@ import asyncio
 import atexit
 import json
 import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from bdlora_perf.collectives.count import Collective, count_collectives, traffic
 from bdlora_perf.synthetic.reference import PeftReference
 from bdlora_sglang.adapter import Adapter
 from bdlora_sglang.serving.cpu.cores import physical_cores, share_out
+from bdlora_sglang.serving.sizes import format_bytes
 from tests.serving.probe import HOLD_FILE, PROBE_FOLDER, ProbedScheduler
 from tests.serving.zoo import CASES, CI_CASES, FREE, OVERRIDES, PROMPTS, SHARDED, Zoo
 
@@ -182,6 +185,40 @@ def assert_holds_one_nth_of_the_dense_factors(case: Case) -> None:
         assert own["host_bytes"] * case.tp == dense or not even
         assert own["pool_bytes"] == own["host_bytes"]
         assert own["pool_bytes"] < own["sglang_pool_bytes"] or case.tp == 1
+
+
+def test_a_dry_run_counts_the_same_slots(case: Case) -> None:
+    """Of a model without weights, as on a GPU; where SGLang pads a model on a CPU it has other layers."""
+    model = Path(case.engine.server_args.model_path)
+    if case.sharding == SHARDED or case.reference.config.intermediate_size % (32 * case.tp):
+        pytest.skip("a padded model, or slots by whole ranks")
+    measured = [json.loads((case.probe / f"gpu_slots{rank}.json").read_text()) for rank in range(case.tp)]
+    assert all(rank == measured[0] for rank in measured)
+    flags = [word for name, path in case.adapters.items() for word in ("--adapters", f"{name}={path}")]
+    flags += ["--max-loras-per-batch", str(measured[0]["slots"]), "--dtype", "float32"]
+    words = [
+        sys.executable,
+        "-m",
+        "bdlora_cli.main",
+        "launch",
+        "--dry-run",
+        "--model",
+        str(model),
+        "--tp",
+        str(case.tp),
+        "--gpu-memory",
+        "80",
+        *flags,
+    ]
+    output = subprocess.run(
+        [sys.executable, "-m", "bdlora_cli.main", *words], capture_output=True, text=True, timeout=400
+    )
+    assert output.returncode == 0, output.stderr[-2000:]
+    assert f"({measured[0]['slots'] * measured[0]['slot_bytes']} bytes)" in output.stdout
+    layers, heads = case.reference.config.num_hidden_layers, case.reference.config.num_key_value_heads
+    token_bytes = layers * max(1, heads // case.tp) * 2 * case.reference.config.head_dim * 4
+    assert f"KV cache: {format_bytes(token_bytes)} a token." in output.stdout
+    assert "tokens of KV cache. With half as many" in output.stdout
 
 
 def test_each_rank_has_its_cores(case: Case) -> None:

@@ -1,8 +1,6 @@
 """What ``bdlora launch`` makes of its words, and what it refuses before any server starts."""
 
-import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from bdlora_sglang.adapter.locate import find_adapters, open_adapters
-from bdlora_sglang.errors import AdapterError, BDLoRAError
+from bdlora_sglang.adapter.locate import find_adapters
+from bdlora_sglang.errors import BDLoRAError
 from bdlora_sglang.model_names import MODEL_NAMES, resolve_model
 from tests.serving.zoo import Zoo
 
@@ -39,7 +37,7 @@ def adapter(zoo: Zoo, model: Path) -> Path:
 def server_args(model: Path, tp: int, adapters: list[str], flags: list[str]) -> Any:
     from bdlora_sglang.serving.launch import server_args
 
-    return server_args(resolve_model(str(model)), tp, open_adapters(adapters), flags)
+    return server_args(resolve_model(str(model)), tp, find_adapters(adapters), flags)
 
 
 def test_sglangs_flags_pass_through(model: Path, adapter: Path) -> None:
@@ -90,15 +88,6 @@ def test_bad_adapter_specs(adapter: Path, tmp_path: Path, specs: list[str], word
         assert word in str(raised.value)
 
 
-def test_a_bad_adapter_in_the_folder_is_named(adapter: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "adapters" / "bad"
-    shutil.copytree(adapter, folder)
-    config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
-    with pytest.raises(AdapterError, match="use_dora"):
-        open_adapters([str(folder.parent)])
-
-
 def test_adapters_and_lora_paths_together_are_refused(model: Path, adapter: Path) -> None:
     with pytest.raises(BDLoRAError, match="--lora-paths"):
         server_args(model, 1, [str(adapter)], ["--lora-paths", f"x={adapter}"])
@@ -117,7 +106,7 @@ def test_sglangs_own_lora_needs_a_gpu_and_plain_adapters(
 
     def arguments() -> Any:
         return launch.server_args(
-            str(model), 1, open_adapters([str(adapter)]), ["--lora-backend", "triton"], LoRASharding.SGLANG
+            str(model), 1, find_adapters([str(adapter)]), ["--lora-backend", "triton"], LoRASharding.SGLANG
         )
 
     with pytest.raises(BDLoRAError, match="--lora-sharding sglang: found no GPU"):

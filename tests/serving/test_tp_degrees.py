@@ -182,9 +182,8 @@ def test_launch_ends_with_the_message_and_1(nine_heads: Path, flags: list[str], 
     assert result.stderr.strip().splitlines()[-1].startswith(f"bdlora: {message}")
 
 
-def test_a_model_that_cannot_be_read_is_left_to_sglang(tmp_path: Path) -> None:
-    from sglang.srt.server_args import ServerArgs
+def test_a_model_that_cannot_be_read_is_refused_with_sglangs_reason(tmp_path: Path) -> None:
+    from bdlora_sglang import Engine
 
-    from bdlora_sglang.serving.checks import check_model
-
-    check_model(ServerArgs(model_path=str(tmp_path), tp_size=7))
+    with pytest.raises(BDLoRAError, match="SGLang refuses its arguments: Unrecognized model in"):
+        Engine(model_path=str(tmp_path), tp_size=7)

@@ -12,7 +12,6 @@ import fastapi
 from fastapi import BackgroundTasks
 from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 from sglang.srt.entrypoints.engine import init_tokenizer_manager
-from sglang.srt.environ import envs
 from sglang.srt.managers.io_struct import (
     BatchTokenizedEmbeddingReqInput,
     BatchTokenizedGenerateReqInput,
@@ -24,7 +23,6 @@ from sglang.srt.managers.io_struct import (
 from sglang.srt.runtime_context import get_exec, get_observability
 from sglang.srt.server_args import PortArgs, ServerArgs
 
-from bdlora_sglang.errors import BDLoRAError
 from bdlora_sglang.serving.gate.adapters import AdapterKeeper
 from bdlora_sglang.serving.gate.asked import asked_adapter
 from bdlora_sglang.serving.gate.control import ReleasedMemory, check_control
@@ -174,19 +172,6 @@ _SCRAPE_SECONDS = 2.0
 def _is_native(request: fastapi.Request | None) -> bool:
     """Whether a request comes from an endpoint of SGLang's own, whose body is the request itself."""
     return request is not None and request.scope.get("path", "").endswith(("generate", "/encode", "/classify"))
-
-
-def check_frontend(server_args: ServerArgs) -> None:
-    """Raise `BDLoRAError` for servers of SGLang's whose requests do not pass through a TokenizerManager of ours."""
-    if server_args.tokenizer_worker_num != 1:
-        raise BDLoRAError(
-            f"--tokenizer-worker-num: found {server_args.tokenizer_worker_num}, expected 1: requests are checked, and "
-            "adapters kept, in one process"
-        )
-    if envs.SGLANG_RUST_SERVER.get():
-        raise BDLoRAError(
-            "SGLANG_RUST_SERVER: found it set, expected it unset: requests are checked in Python's server"
-        )
 
 
 def gated_tokenizer_manager(options: GateOptions) -> Callable[..., Any]:
