@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from bdlora_sglang.adapter import Adapter
 from bdlora_sglang.adapter.locate import NamedAdapter, adapter_folder
 from bdlora_sglang.errors import BDLoRAError
-from bdlora_sglang.serving.layers import module_key
+from bdlora_sglang.serving.served_modules import module_key
 
 logger = logging.getLogger(__name__)
 
