@@ -25,7 +25,8 @@ return [document.documentElement.scrollWidth <= width, wide];
 
 def _requests(browser: webdriver.Chrome) -> list[str]:
     messages: list[dict[str, Any]] = [json.loads(e["message"])["message"] for e in browser.get_log("performance")]
-    return [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    urls = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    return [url for url in urls if not url.startswith("data:")]  # plots, which are in the page
 
 
 @pytest.mark.parametrize("width", [1280, 400])
