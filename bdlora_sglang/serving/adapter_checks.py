@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from rich.progress import track
-from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
+from sglang.srt.arg_groups.overrides import declare_resolution, model_config_of, resolving_view
 from sglang.srt.server_args import ServerArgs
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -44,9 +44,10 @@ def check_adapters(server_args: ServerArgs, skip_bad: bool) -> list[Fault]:
     """
     given = list(named_adapters(resolving_view(server_args).lora_paths))
     shapes = base_shapes(server_args)
+    model_type = model_config_of(server_args).hf_text_config.model_type
     # A thread waits for the disk and for torch, both without Python's lock.
     with ThreadPoolExecutor(_READERS) as readers:
-        reasons: Iterable[str | None] = readers.map(lambda adapter: _fault(adapter, shapes), given)
+        reasons: Iterable[str | None] = readers.map(lambda adapter: _fault(adapter, shapes, model_type), given)
         if len(given) >= _MANY:
             reasons = track(reasons, "Checking adapters", total=len(given))
         faults = [Fault(adapter, reason) for adapter, reason in zip(given, reasons, strict=True) if reason]
@@ -108,9 +109,9 @@ def base_shapes(server_args: ServerArgs) -> dict[str, tuple[int, int]]:
     }
 
 
-def _fault(adapter: NamedAdapter, shapes: Mapping[str, tuple[int, int]]) -> str | None:
+def _fault(adapter: NamedAdapter, shapes: Mapping[str, tuple[int, int]], model_type: str) -> str | None:
     try:
-        opened = Adapter.open(adapter_folder(adapter.path))
+        opened = Adapter.open(adapter_folder(adapter.path), model_type)
         _check_shapes(opened, shapes)
         for module in opened.modules.values():
             for tensor in (module.tensor_a, module.tensor_b):
@@ -122,22 +123,10 @@ def _fault(adapter: NamedAdapter, shapes: Mapping[str, tuple[int, int]]) -> str 
 
 
 def _check_shapes(adapter: Adapter, shapes: Mapping[str, tuple[int, int]]) -> None:
-    layers = {layer for key in shapes if (layer := _layer(key)) is not None}
     for module in adapter.modules.values():
-        where = f"{adapter.checkpoint.source}: module '{module.name}'"
         found, expected = (module.out_features, module.in_features), shapes.get(module_key(module.name))
         if expected is not None and found != expected:
             raise BDLoRAError(
-                f"{where}: found {found[0]} output and {found[1]} input features, expected {expected[0]} and "
-                f"{expected[1]}, as the base model has"
+                f"{adapter.checkpoint.source}: module '{module.name}': found {found[0]} output and {found[1]} input "
+                f"features, expected {expected[0]} and {expected[1]}, as the base model has"
             )
-        layer = _layer(module.name)
-        if layers and layer is not None and layer not in layers:
-            raise BDLoRAError(f"{where}: found layer {layer}, expected 0 to {max(layers)}, as the base model has")
-
-
-def _layer(name: str) -> int | None:
-    """The number behind ``layers.``."""
-    key = module_key(name)
-    number = key.split(".")[1] if key.startswith("layers.") else ""
-    return int(number) if number.isdigit() else None

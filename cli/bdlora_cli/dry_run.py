@@ -2,11 +2,14 @@
 
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from bdlora_sglang.adapter.locate import NamedAdapter
 from bdlora_sglang.serving.options import ServingOptions
+
+if TYPE_CHECKING:  # it imports torch, which takes a second
+    from bdlora_sglang.adapter.locate import NamedAdapter
 
 _GIB = 2**30
 # Where none is given. SGLang works it out from the GPU that it finds.
@@ -16,7 +19,7 @@ _ASSUMED_FRACTION = 0.85
 def print_memory_plan(
     model_path: str,
     tp: int | None,
-    adapters: Sequence[NamedAdapter],
+    adapters: "Sequence[NamedAdapter]",
     sglang_flags: Sequence[str],
     options: ServingOptions,
     gpu_gib: float | None,

@@ -210,9 +210,7 @@ def test_a_dry_run_counts_the_same_slots(case: Case) -> None:
         "80",
         *flags,
     ]
-    output = subprocess.run(
-        [sys.executable, "-m", "bdlora_cli.main", *words], capture_output=True, text=True, timeout=400
-    )
+    output = subprocess.run(words, capture_output=True, text=True, timeout=400)
     assert output.returncode == 0, output.stderr[-2000:]
     assert f"({measured[0]['slots'] * measured[0]['slot_bytes']} bytes)" in output.stdout
     layers, heads = case.reference.config.num_hidden_layers, case.reference.config.num_key_value_heads

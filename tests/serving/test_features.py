@@ -141,8 +141,8 @@ def test_the_readme_shows_the_table() -> None:
     ("words", "yaml", "expected"),
     [
         (
-            ["--enable-lora", "--enable-single-batch", "--use-ray"],
-            "enable-dp-attention: true\ndp-size: 2\ntp-size: 2\nenable-pdmux: true\nchunked-prefill-size: -1\n",
+            ["--enable-lora", "--enable-single-batch", "--use-ray", "--enable-dp-attention"],
+            "dp-size: 2\ntp-size: 2\nenable-pdmux: true\nchunked-prefill-size: -1\n",
             [
                 "--enable-single-batch-overlap: found True",
                 "--use-ray: found True",
