@@ -51,6 +51,5 @@ TOKENIZED = {
     "decode_tp_size": Range(1, _INT32_MAX),
     "disagg_prefill_dp_rank": Range(0, _INT32_MAX),
     "priority": Range(-(2**63), _INT64_MAX),
-    "top_logprobs_num": Range(0, MAX_TOP_LOGPROBS),
     "dimensions": Range(1, _INT32_MAX),
 }

@@ -1,5 +1,6 @@
 """The HTTP side of the gate, in front of SGLang's app: models by name, errors with their status, secrets masked."""
 
+import traceback
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from typing import Any
@@ -61,6 +62,17 @@ class GateMiddleware:
             if answer.started:
                 raise
             await answer.error(error.status_code, str(error), error.field)
+        except Exception as error:
+            if answer.started:
+                raise
+            if family is Family.OLLAMA and isinstance(error, ValueError):
+                # From a stream of SGLang's, which does not look for it.
+                await answer.error(HTTPStatus.BAD_REQUEST, str(error), None)
+            elif _while_reading_the_body(error):
+                # SGLang's own validators trip over types that they do not expect, which would be called its fault.
+                await answer.error(HTTPStatus.BAD_REQUEST, f"body: found values of wrong types ({error!r})", None)
+            else:
+                raise
 
     async def _resolve(self, family: Family, receive: Receive) -> Receive:
         """Note which adapter the body asks for; returns what gives the body again."""
@@ -144,6 +156,11 @@ class _Appended:
         headers.append((b"content-length", str(len(body)).encode()))
         await self._send({**self._start, "headers": headers})
         await self._send({"type": "http.response.body", "body": body})
+
+
+def _while_reading_the_body(error: Exception) -> bool:
+    """Whether FastAPI was making the arguments of an endpoint of the request."""
+    return any(frame.name == "solve_dependencies" for frame in traceback.extract_tb(error.__traceback__))
 
 
 def _is_json(scope: Scope) -> bool:

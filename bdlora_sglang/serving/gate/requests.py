@@ -77,11 +77,13 @@ def _check_fields_of_clients(request: Any) -> None:
 
 
 def _check_media(request: Any, served: Served) -> None:
-    if served.multimodal:
-        return
     for name in ("image_data", "video_data", "audio_data"):
-        if getattr(request, name):
-            raise RequestError(name, getattr(request, name), "none: this model reads text alone")
+        value = getattr(request, name)
+        if not value:
+            # SGLang looks for one of each prompt in a list that is there.
+            setattr(request, name, None)
+        elif not served.multimodal:
+            raise RequestError(name, value, "none: this model reads text alone")
 
 
 def _name_no_adapter_by_none(request: Any) -> None:

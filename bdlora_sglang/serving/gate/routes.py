@@ -4,7 +4,8 @@ import os
 from typing import Any
 
 import orjson
-from pydantic import BaseModel, ValidationError
+from jinja2 import TemplateError
+from pydantic import BaseModel
 from sglang.srt.entrypoints.http_server import available_models, get_global_state, server_info
 from sglang.srt.entrypoints.ollama.protocol import OllamaChatRequest, OllamaGenerateRequest, OllamaTagsResponse
 from sglang.srt.entrypoints.ollama.serving import OllamaServing
@@ -14,6 +15,7 @@ from starlette.responses import Response
 from starlette.routing import Match, Route, Router
 from starlette.types import Scope
 
+from bdlora_sglang.serving.gate.errors import RequestError
 from bdlora_sglang.serving.gate.families import Family
 from bdlora_sglang.serving.gate.masking import masked, secrets_of
 
@@ -65,16 +67,28 @@ class _CalledOtherwise:
         return getattr(self._manager, name)
 
 
-def _ollama(name: str) -> OllamaServing:
-    return OllamaServing(_CalledOtherwise(_manager(), name))
+class _Ollama(OllamaServing):
+    """SGLang's, whose answers are shorter where its 2048 tokens would not fit the model."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(_CalledOtherwise(_manager(), name))
+
+    def _convert_options_to_sampling_params(self, options: dict[str, Any] | None = None) -> dict[str, Any]:
+        params: dict[str, Any] = super()._convert_options_to_sampling_params(options)
+        if "num_predict" not in (options or {}):
+            params["max_new_tokens"] = min(params["max_new_tokens"], self.tokenizer_manager.context_len // 2)
+        return params
 
 
 async def _answer_ollama(request: Request, kind: type[BaseModel], method: str) -> Response:
     try:
         fields = kind.model_validate(orjson.loads(await request.body()))
-    except (orjson.JSONDecodeError, ValidationError) as error:
+        answer = await getattr(_Ollama(fields.model), method)(fields, request)  # type: ignore[attr-defined]
+    except RequestError:
+        raise
+    # Of the body, of the chat template, and what SGLang finds wrong.
+    except (ValueError, TypeError, IndexError, TemplateError) as error:
         return _json({"error": str(error)}, 400)
-    answer = await getattr(_ollama(fields.model), method)(fields, request)  # type: ignore[attr-defined]
     return answer if isinstance(answer, Response) else _json(answer)
 
 
@@ -87,7 +101,7 @@ async def ollama_generate(request: Request) -> Response:
 
 
 async def ollama_tags(_: Request) -> Response:
-    models = [model for card in await _model_cards() for model in _ollama(card.id).get_tags().models]
+    models = [model for card in await _model_cards() for model in _Ollama(card.id).get_tags().models]
     return _json(OllamaTagsResponse(models=models))
 
 

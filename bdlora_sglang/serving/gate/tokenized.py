@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 from sglang.srt.managers.io_struct import TokenizedGenerateReqInput, msgpack_decode, msgpack_encode
 
-from bdlora_sglang.serving.gate.bounds import TOKENIZED, Range
+from bdlora_sglang.serving.gate.bounds import MAX_TOP_LOGPROBS, TOKENIZED, Range
 from bdlora_sglang.serving.gate.errors import RequestError
 
 # Large, or objects of other kinds; SGLang makes them itself, and sends some as pickles.
@@ -31,6 +31,8 @@ def check_tokenized(request: Any, vocab_size: int, hidden_size: int) -> None:
         value = getattr(request, name, None)
         if value is not None:
             allowed.check(name, value)
+    # The largest that there are.
+    Range(0, min(MAX_TOP_LOGPROBS, vocab_size)).check("top_logprobs_num", getattr(request, "top_logprobs_num", 0))
     _check_positions(request)
     _check_arrives(request)
 

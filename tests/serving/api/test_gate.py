@@ -29,7 +29,9 @@ WRONG: dict[str, list[dict[str, Any]]] = {
     ],
     "lora_id": [{**NO_ADAPTER, "lora_id": "x"}, {"text": ["a"], "lora_id": ["x"]}],
     "rid": [{**NO_ADAPTER, "rid": "HEALTH_CHECK_x"}, {"text": ["a", "b"], "rid": ["x"]}, {**NO_ADAPTER, "rid": ["x"]}],
-    "top_logprobs_num": [{**NO_ADAPTER, "return_logprob": True, "top_logprobs_num": n} for n in (-1, 10**6, 2**40)],
+    "top_logprobs_num": [
+        {**NO_ADAPTER, "return_logprob": True, "top_logprobs_num": n} for n in (-1, 513, 10**6, 2**40)
+    ],
     "token_ids_logprob": [{**NO_ADAPTER, "return_logprob": True, "token_ids_logprob": ids} for ids in ([-1], [10**6])],
     "logprob_start_len": [
         {**NO_ADAPTER, "return_logprob": True, "logprob_start_len": n} for n in (-2, -(2**40), 10**6)
@@ -110,6 +112,23 @@ def test_a_grammar_without_an_answer(served: Served, grammar: dict[str, str]) ->
         sampling = {"temperature": temperature, "max_new_tokens": NEW_TOKENS, **grammar}
         assert served.server.post("/generate", **NO_ADAPTER, sampling_params=sampling).status_code in {200, 400}
     served.check(["bd2-r8", None], [PROMPTS[0], PROMPTS[1]])
+
+
+def test_odd_bodies_of_other_apis(served: Served) -> None:
+    """Each was called the server's fault: SGLang's validators, its streams and its chat templates trip over them."""
+    chat: dict[str, Any] = {"model": "base", "messages": [{"role": "user", "content": "a"}]}
+    odd: list[tuple[str, dict[str, Any]]] = [
+        ("/v1/chat/completions", {**chat, "response_format": [[{}]]}),
+        ("/api/chat", {"model": "base", "messages": []}),
+        ("/api/generate", {"model": "base", "prompt": "a", "options": {"top_p": 1e39}}),
+        ("/api/generate", {"model": "base", "prompt": "a", "stream": False, "options": {"top_p": 1e39}}),
+        ("/v1/completions", {"model": "base", "prompt": "a", "logprobs": 1024}),
+    ]
+    for path, body in odd:
+        assert served.server.post(path, **body).status_code == 400, (path, body)
+    right = [("/api/chat", {**chat, "stream": False}), ("/generate", {"text": ["a"], "audio_data": []})]
+    for path, body in right:
+        assert served.server.post(path, **body).status_code == 200, (path, body)
 
 
 def test_a_key_of_a_client_does_not_reach_the_prefixes_of_an_adapter(served: Served) -> None:
