@@ -85,7 +85,7 @@ def prepare(slots: list[int], graph: str | None, mode: ForwardMode = ForwardMode
     backend = BDLoRABackend(SLOTS, CPU)
     backend.use(None, kernels)  # type: ignore[arg-type]
     lengths = torch.arange(1, 1 + len(slots), dtype=torch.int32)
-    batch = SimpleNamespace(forward_mode=mode, batch_size=len(slots), extend_seq_lens=lengths)
+    batch = SimpleNamespace(forward_mode=mode, batch_size=len(slots), extend_seq_lens=lengths, return_logprob=False)
     backend.prepare(batch, slots, graph)
     return backend.batch_info, kernels.described  # type: ignore[attr-defined]
 
