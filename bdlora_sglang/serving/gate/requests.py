@@ -77,12 +77,12 @@ def _check_fields_of_clients(request: Any) -> None:
 
 
 def _check_media(request: Any, served: Served) -> None:
+    # SGLang looks for one of each prompt in a list that is there, an empty one too.
+    request.image_data = request.image_data or None
+    request.video_data = request.video_data or None
+    request.audio_data = request.audio_data or None
     for name in ("image_data", "video_data", "audio_data"):
-        value = getattr(request, name)
-        if not value:
-            # SGLang looks for one of each prompt in a list that is there.
-            setattr(request, name, None)
-        elif not served.multimodal:
+        if (value := getattr(request, name)) is not None and not served.multimodal:
             raise RequestError(name, value, "none: this model reads text alone")
 
 
