@@ -155,12 +155,20 @@ def test_servers_without_the_gate_are_refused(model: Path, monkeypatch: pytest.M
 
 
 def test_each_engine_gets_a_binding_of_its_own_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine in a process that an engine's process started, too."""
     from bdlora_sglang.serving.hardware import use_cpu_platform
 
     monkeypatch.delenv("SGLANG_CPU_OMP_THREADS_BIND", raising=False)
     for ranks in (1, 4, 2):
         use_cpu_platform(ranks)
         assert len(os.environ["SGLANG_CPU_OMP_THREADS_BIND"].split("|")) == ranks
+    command = [
+        sys.executable,
+        "-c",
+        "from bdlora_sglang.serving.cpu.cores import *; choose_binding(3); print(os.environ[BINDING])",
+    ]
+    binding = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert len(binding.split("|")) == 3
     monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|0|0")
     use_cpu_platform(3)
     assert os.environ["SGLANG_CPU_OMP_THREADS_BIND"] == "0|0|0"

@@ -20,7 +20,9 @@ _PLACED_BY_USER = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFI
 # A rank of so many cores gives one away for the server's other processes: one late thread delays all of its threads.
 _ENOUGH_TO_GIVE = 4
 
-_chosen: str | None = None
+# The binding that we chose. In the environment like the binding itself, so that engines after this one and processes
+# that inherit both can tell it from the user's.
+_CHOSEN = "BDLORA_CHOSEN_BINDING"
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,10 @@ class RankCores:
 
 def choose_binding(num_ranks: int) -> None:
     """Share out this process's cores over the ranks that it will start; the user's own `BINDING` stays."""
-    global _chosen
-    # Ours was for the engine before this one, which may have had other ranks.
-    if os.environ.get(BINDING, _chosen) == _chosen:
+    # Ours was for an engine before this one, which may have had other ranks.
+    if not os.environ.get(BINDING) or os.environ[BINDING] == os.environ.get(_CHOSEN):
         shares = share_out(physical_cores(os.sched_getaffinity(0)), num_ranks)
-        _chosen = os.environ[BINDING] = "|".join(",".join(map(str, share)) for share in shares)
+        os.environ[BINDING] = os.environ[_CHOSEN] = "|".join(",".join(map(str, share)) for share in shares)
 
 
 def share_out(cores: Sequence[int], num_ranks: int) -> list[list[int]]:

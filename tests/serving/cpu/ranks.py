@@ -3,6 +3,7 @@
 import functools
 import os
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ Program = Callable[..., None]
 def run_ranks(program: Program, size: int, folder: Path, *arguments: Any, busy: int = 0, **options: Any) -> None:
     """Run ``program`` on ``size`` ranks to its end, beside ``busy`` processes that want the same cores.
 
-    ``options`` are `create_group`'s; a rank that fails fails the test, with its traceback in the output.
+    ``options`` are `create_group`'s; a rank that fails fails the test, with the ranks' tracebacks.
     """
     with competition(busy):
         ranks = start_ranks(program, size, folder, *arguments, **options)
@@ -37,7 +38,8 @@ def run_ranks(program: Program, size: int, folder: Path, *arguments: Any, busy: 
         codes = [rank.exitcode for rank in ranks]
         for rank in ranks:
             rank.kill()
-    assert codes == [0] * size
+    errors = "\n".join(path.read_text() for path in sorted(folder.glob("error-of-rank-*")))
+    assert codes == [0] * size, f"exit codes {codes}\n{errors}"
 
 
 def start_ranks(program: Program, size: int, folder: Path, *arguments: Any, **options: Any) -> list[BaseProcess]:
@@ -59,7 +61,11 @@ def _run_rank(
     dist.Backend.register_backend("tested", functools.partial(create_group, **options), devices=["cpu"])
     store = dist.FileStore(str(folder / "meet"), size)
     dist.init_process_group("tested", store=store, rank=rank, world_size=size, timeout=timeout)
-    program(rank, size, *arguments)
+    try:
+        program(rank, size, *arguments)
+    except BaseException:
+        (folder / f"error-of-rank-{rank}").write_text(traceback.format_exc())
+        raise
     dist.destroy_process_group()
 
 
