@@ -1,0 +1,169 @@
+"""BD-LoRA on a model that tensor parallelism splits: on each rank, PEFT's plain LoRA on this rank's own shard.
+
+Of N blocks on N ranks, block p meets the weights of rank p and no others. So each rank trains a LoRA of rank r/N on its
+shard, which no other rank needs to know of, and what the base layers exchange carries LoRA along:
+
+=============== ===================================== ==============================================
+layer           forward                               backward
+=============== ===================================== ==============================================
+column-parallel nothing is sent                       one all-reduce of the input's gradient, base + LoRA
+row-parallel    one all-reduce of the output,         nothing is sent
+                base + LoRA
+=============== ===================================== ==============================================
+"""
+
+from collections.abc import Collection, Mapping
+from enum import Enum
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+from bdlora_sglang.errors import BDLoRAError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedModel
+
+
+class Side(Enum):
+    """How a linear layer is split. ``a`` and ``b`` are the dimensions in which PEFT packs the blocks of A and B."""
+
+    COLUMN = ("column", 0, 0)
+    ROW = ("row", 0, 1)
+
+    def __init__(self, label: str, a: int, b: int) -> None:
+        self.label, self.a, self.b = label, a, b
+
+
+def with_bd_lora(
+    base: "PreTrainedModel", config: "LoraConfig", mesh: DeviceMesh, seed: int
+) -> "tuple[PeftModel, dict[str, Side]]":
+    """Give a model loaded with ``tp_plan="auto"`` this rank's blocks of a BD-LoRA.
+
+    Args:
+        base: changed in place.
+        config: of the whole BD-LoRA, with a block for each rank.
+        mesh: of the ranks.
+        seed: of the initial values; each rank draws others.
+
+    Returns:
+        The model, and how each layer with LoRA is split, for `gather`.
+    """
+    from peft import get_peft_model
+
+    from bdlora_perf.quality.init import initialise_like_lora
+
+    sides = take_shards(base, config.target_modules)
+    model = get_peft_model(base, local_config(config, mesh.size()))
+    initialise_like_lora(model, seed * mesh.size() + mesh.get_local_rank())
+    add_collectives(model, sides, mesh)
+    return model, sides
+
+
+def take_shards(model: "PreTrainedModel", targets: Collection[str]) -> dict[str, Side]:
+    """Make the target layers of a model loaded with ``tp_plan="auto"`` plain linear layers over this rank's shard.
+
+    transformers' own forwards of these layers go, and with them their collectives: `add_collectives` puts those around
+    the layers with LoRA.
+
+    Args:
+        model: changed in place; weights are shared, not copied.
+        targets: the last parts of the layers' names.
+
+    Raises:
+        BDLoRAError: a target that is not split, or not evenly.
+    """
+    sides = {}
+    for name, layer in list(model.named_modules()):
+        if name.rpartition(".")[2] in targets:
+            sides[name] = _side(name, layer)
+            model.set_submodule(name, _local(layer, sides[name]))
+    if not sides:
+        raise BDLoRAError(f"model: found no layer named {', '.join(sorted(targets))}, expected at least one")
+    # PEFT would split factors that belong to a shard already.
+    model.tp_plan = {key: style for key, style in model.tp_plan.items() if key.rpartition(".")[2] not in targets}
+    return sides
+
+
+def _side(name: str, layer: nn.Module) -> Side:
+    weight = layer.weight
+    placements = weight.placements if isinstance(weight, DTensor) else None
+    for side, dim in ((Side.COLUMN, 0), (Side.ROW, 1)):
+        if placements == (Shard(dim),):
+            if weight.shape[dim] % weight.device_mesh.size():
+                raise BDLoRAError(
+                    f"{name}: found {weight.shape[dim]} features to split, expected a multiple of "
+                    f"{weight.device_mesh.size()} ranks"
+                )
+            return side
+    raise BDLoRAError(f"{name}: found weights placed as {placements}, expected split over the rows or the columns")
+
+
+def _local(layer: nn.Module, side: Side) -> nn.Linear:
+    """A plain layer with this rank's weights. A row-parallel layer's bias is rank 0's, so that it is added once."""
+    weight, bias = layer.weight.detach().to_local(), layer.bias
+    if isinstance(bias, DTensor):
+        bias = bias.detach().to_local() if side is Side.COLUMN or bias.device_mesh.get_local_rank() == 0 else None
+    local = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    local.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        local.bias = nn.Parameter(bias, requires_grad=False)
+    return local
+
+
+def local_config(config: "LoraConfig", ranks: int) -> "LoraConfig":
+    """One block of a BD-LoRA, which is a plain LoRA of the same scaling."""
+    from peft import LoraConfig
+
+    if config.r % ranks:
+        raise BDLoRAError(f"--rank: found {config.r}, expected a multiple of {ranks} ranks")
+    return LoraConfig(
+        r=config.r // ranks,
+        lora_alpha=config.lora_alpha / ranks,
+        target_modules=config.target_modules,
+        task_type=config.task_type,
+    )
+
+
+def add_collectives(model: "PeftModel", sides: Mapping[str, Side], mesh: DeviceMesh) -> None:
+    """Put the base layers' collectives around the layers with LoRA: the sum of both is exchanged, once."""
+
+    def split_input(_layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Every rank has the whole input, and a part of its gradient."""
+        shared = DTensor.from_local(inputs[0], mesh, [Replicate()], run_check=False)
+        return shared.to_local(grad_placements=[Partial()]), *inputs[1:]
+
+    def sum_output(_layer: nn.Module, _inputs: object, output: torch.Tensor) -> torch.Tensor:
+        """Every rank has a part of the sum, and needs all of it."""
+        return (
+            DTensor.from_local(output, mesh, [Partial()], run_check=False)
+            .redistribute(placements=[Replicate()])
+            .to_local()
+        )
+
+    for name, side in sides.items():
+        layer = model.get_base_model().get_submodule(name)
+        if side is Side.COLUMN:
+            layer.register_forward_pre_hook(split_input)
+        else:
+            layer.register_forward_hook(sum_output)
+
+
+def gather(model: "PeftModel", sides: Mapping[str, Side], mesh: DeviceMesh) -> dict[str, torch.Tensor]:
+    """The blocks of all ranks, packed as PEFT packs them and by PEFT's names; all ranks must call this.
+
+    Returns:
+        ``lora_A.weight`` (r, in) and ``lora_B.weight`` (out, r/N) of a column-parallel layer, (r, in/N) and (out, r) of
+        a row-parallel one; on the CPU, the same on every rank.
+    """
+    from peft import get_peft_model_state_dict
+
+    tensors = {}
+    for key, block in sorted(get_peft_model_state_dict(model).items()):
+        name, _, factor = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".lora_")
+        dim = sides[name].a if factor == "A" else sides[name].b
+        tensors[key] = DTensor.from_local(block, mesh, [Shard(dim)], run_check=False).full_tensor().cpu()
+    return tensors
