@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from bdlora_sglang.errors import BDLoRAError
 from examples.shared.command_line import Data, Model, run
@@ -32,7 +33,7 @@ def main(
     asked = [row.prompt for row in read_rows(data)[:prompts]]
     table = Table("prompt", "base model", *(folder.name for folder in folders), title=f"Served at TP {tp}")
     for prompt, answers in zip(asked, answer(base_model(model), folders, tp, asked, new_tokens), strict=True):
-        table.add_row(prompt, *map(ascii, answers))
+        table.add_row(Text(prompt), *(Text(ascii(text)) for text in answers))
     Console().print(table)
 
 

@@ -1,0 +1,120 @@
+"""The examples as a user runs them, from the root of the repository, in a short form; then all adapters are served."""
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+
+import pytest
+
+from bdlora_perf.server_process import free_port
+from bdlora_perf.synthetic import make_model
+from bdlora_perf.synthetic.reference import PeftReference
+from bdlora_sglang.adapter import Adapter
+from bdlora_sglang.errors import BDLoRAError
+from examples.shared.data import OPPOSITES, read_rows
+
+ROOT = Path(__file__).resolve().parents[2]
+TP = 2
+LAYERS = 2
+ADAPTERS = ("trained", "lora", "lossless", "truncated", "healed", "under-tp")
+
+
+@dataclass(frozen=True)
+class Ran:
+    """The model, the folder of the adapters, and what each example printed."""
+
+    model: Path
+    adapters: Path
+    printed: dict[str, str]
+
+    def rows(self, example: str) -> dict[str, list[str]]:
+        """The cells of the tables' rows, by the first."""
+        lines = [line.split("│")[1:-1] for line in self.printed[example].splitlines() if line.startswith("│")]
+        return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in lines}
+
+
+def run(*arguments: str | Path) -> str:
+    """What ``python -m arguments...`` prints."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "400"}
+    done = subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    model = make_model(tmp_path_factory.mktemp("model") / "llama", num_hidden_layers=LAYERS)
+    adapters = tmp_path_factory.mktemp("adapters")
+    torchrun = ("torch.distributed.run", f"--nproc-per-node={TP}", f"--master-port={free_port()}", "-m")
+    shared: tuple[str | Path, ...] = ("--model", model, "--steps", "16", "--output")
+    printed = {
+        "train": run("examples.train_and_serve.train", *shared, adapters / "trained"),
+        "convert": run("examples.convert_and_heal.convert", *shared, adapters),
+        "under-tp": run(*torchrun, "examples.train_under_tp.train", *shared, adapters / "under-tp"),
+    }
+    return Ran(model, adapters, printed)
+
+
+def test_bd_lora_for_a_tp_degree(ran: Ran) -> None:
+    adapter = Adapter.open(ran.adapters / "trained")
+    assert (adapter.kind, adapter.nblocks, adapter.max_rank) == ("BD-LoRA", TP, 8)
+    first, last = map(float, re.findall(r"Loss ([\d.]+) -> ([\d.]+)", ran.printed["train"])[0])
+    assert last < first / 4
+
+
+def test_healing_brings_back_what_conversion_cost(ran: Ran) -> None:
+    rows = ran.rows("convert")
+    loss = {name: float(rows[name][-1]) for name in ("lora", "lossless", "truncated", "healed")}
+    assert loss["lossless"] == loss["lora"] < loss["truncated"]
+    assert loss["healed"] < loss["truncated"]
+    assert (
+        Adapter.open(ran.adapters / "healed").num_parameters == Adapter.open(ran.adapters / "truncated").num_parameters
+    )
+
+
+def test_no_collective_for_lora_in_training(ran: Ran) -> None:
+    """The base model's: a row-parallel layer's in the forward, a column-parallel one's in the backward, the head's."""
+    rows = ran.rows("under-tp")
+    forward, backward = 2 * LAYERS + 1, 5 * LAYERS + 1
+    expected = {
+        "base model": [forward, backward, 0],
+        "BD-LoRA, a block a rank": [forward, backward, 0],
+        "plain LoRA by PEFT": [forward + 2 * LAYERS, backward + 5 * LAYERS, 7 * LAYERS],
+    }
+    assert {label: [int(cell) for cell in rows[label]] for label in expected} == expected
+
+
+def test_training_under_tp_equals_one_process(ran: Ran) -> None:
+    """The same from the same start by PEFT's BD-LoRA on the whole model, in float32."""
+    (found,) = re.findall(r"difference of a loss: (\S+)\. Weights: (\S+) of", ran.printed["under-tp"])
+    loss, weights = map(float, found)
+    assert loss < 1e-3 and weights < 1e-3
+
+
+def test_every_adapter_is_served_as_peft_computes_it(ran: Ran) -> None:
+    from transformers import AutoTokenizer
+
+    folders = [ran.adapters / name for name in ADAPTERS]
+    ran.printed["serve"] = run("examples.serve", *folders, "--model", ran.model, f"--tp={TP}", "--new-tokens=6")
+    tokenizer = AutoTokenizer.from_pretrained(ran.model)
+    reference = PeftReference(ran.model)
+    prompts = [row.prompt for row in read_rows(OPPOSITES)[:3]]
+    expected = {
+        prompt: [
+            ascii(tokenizer.decode(takewhile(tokenizer.eos_token_id.__ne__, answer.tokens)))
+            for answer in (reference.generate(tokenizer.encode(prompt), folder, 6) for folder in (None, *folders))
+        ]
+        for prompt in prompts
+    }
+    assert {prompt: ran.rows("serve")[prompt] for prompt in prompts} == expected
+
+
+def test_bad_data(tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
+    with pytest.raises(BDLoRAError, match=r"data\.jsonl, line 2: found .*expected"):
+        read_rows(data)
