@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 
+from bdlora_sglang.convert.folder import NewFolder
 from examples.shared.training import fine_tune, load_model
 
 if TYPE_CHECKING:
@@ -20,9 +21,11 @@ Trained = tuple[list[float], Mapping[str, torch.Tensor]]
 
 def save_adapter(folder: Path, config: "LoraConfig", tensors: Mapping[str, torch.Tensor]) -> None:
     """Write what `PeftModel.save_pretrained` would: ``adapter_config.json`` and ``adapter_model.safetensors``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(dict(tensors), folder / "adapter_model.safetensors", {"format": "pt"})
-    config.save_pretrained(str(folder))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with NewFolder(folder, force=True) as new:
+        save_file(dict(tensors), new.path / "adapter_model.safetensors", {"format": "pt"})
+        config.save_pretrained(str(new.path))
+        new.commit()
 
 
 def train_on_one_process(

@@ -3,17 +3,11 @@
 Of N blocks on N ranks, block p meets the weights of rank p and no others. So each rank trains a LoRA of rank r/N on its
 shard, which no other rank needs to know of, and what the base layers exchange carries LoRA along:
 
-=============== ===================================== ==============================================
-layer           forward                               backward
-=============== ===================================== ==============================================
-column-parallel nothing is sent                       one all-reduce of the input's gradient, base + LoRA
-row-parallel    one all-reduce of the output,         nothing is sent
-                base + LoRA
-=============== ===================================== ==============================================
+- column-parallel: nothing in the forward, in the backward one all-reduce of the input's gradient, base + LoRA;
+- row-parallel: in the forward one all-reduce of the output, base + LoRA, nothing in the backward.
 """
 
 from collections.abc import Collection, Mapping
-from enum import Enum
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +15,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
+from bdlora_sglang.convert import TPSide
 from bdlora_sglang.errors import BDLoRAError
 
 if TYPE_CHECKING:
@@ -28,19 +23,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class Side(Enum):
-    """How a linear layer is split. ``a`` and ``b`` are the dimensions in which PEFT packs the blocks of A and B."""
-
-    COLUMN = ("column", 0, 0)
-    ROW = ("row", 0, 1)
-
-    def __init__(self, label: str, a: int, b: int) -> None:
-        self.label, self.a, self.b = label, a, b
-
-
 def with_bd_lora(
     base: "PreTrainedModel", config: "LoraConfig", mesh: DeviceMesh, seed: int
-) -> "tuple[PeftModel, dict[str, Side]]":
+) -> "tuple[PeftModel, dict[str, TPSide]]":
     """Give a model loaded with ``tp_plan="auto"`` this rank's blocks of a BD-LoRA.
 
     Args:
@@ -63,7 +48,7 @@ def with_bd_lora(
     return model, sides
 
 
-def take_shards(model: "PreTrainedModel", targets: Collection[str]) -> dict[str, Side]:
+def take_shards(model: "PreTrainedModel", targets: Collection[str]) -> dict[str, TPSide]:
     """Make the target layers of a model loaded with ``tp_plan="auto"`` plain linear layers over this rank's shard.
 
     transformers' own forwards of these layers go, and with them their collectives: `add_collectives` puts those around
@@ -88,25 +73,22 @@ def take_shards(model: "PreTrainedModel", targets: Collection[str]) -> dict[str,
     return sides
 
 
-def _side(name: str, layer: nn.Module) -> Side:
+def _side(name: str, layer: nn.Module) -> TPSide:
     weight = layer.weight
-    placements = weight.placements if isinstance(weight, DTensor) else None
-    for side, dim in ((Side.COLUMN, 0), (Side.ROW, 1)):
-        if placements == (Shard(dim),):
-            if weight.shape[dim] % weight.device_mesh.size():
-                raise BDLoRAError(
-                    f"{name}: found {weight.shape[dim]} features to split, expected a multiple of "
-                    f"{weight.device_mesh.size()} ranks"
-                )
-            return side
-    raise BDLoRAError(f"{name}: found weights placed as {placements}, expected split over the rows or the columns")
+    placements = weight.placements if isinstance(weight, DTensor) else ()
+    if placements not in ((Shard(0),), (Shard(1),)):
+        raise BDLoRAError(f"{name}: found weights placed as {placements}, expected split over the rows or the columns")
+    features, ranks = weight.shape[placements[0].dim], weight.device_mesh.size()
+    if features % ranks:
+        raise BDLoRAError(f"{name}: found {features} features to split, expected a multiple of {ranks} ranks")
+    return TPSide.COLUMN if placements[0].dim == 0 else TPSide.ROW
 
 
-def _local(layer: nn.Module, side: Side) -> nn.Linear:
+def _local(layer: nn.Module, side: TPSide) -> nn.Linear:
     """A plain layer with this rank's weights. A row-parallel layer's bias is rank 0's, so that it is added once."""
     weight, bias = layer.weight.detach().to_local(), layer.bias
     if isinstance(bias, DTensor):
-        bias = bias.detach().to_local() if side is Side.COLUMN or bias.device_mesh.get_local_rank() == 0 else None
+        bias = bias.detach().to_local() if side is TPSide.COLUMN or bias.device_mesh.get_local_rank() == 0 else None
     local = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     local.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
@@ -128,7 +110,7 @@ def local_config(config: "LoraConfig", ranks: int) -> "LoraConfig":
     )
 
 
-def add_collectives(model: "PeftModel", sides: Mapping[str, Side], mesh: DeviceMesh) -> None:
+def add_collectives(model: "PeftModel", sides: Mapping[str, TPSide], mesh: DeviceMesh) -> None:
     """Put the base layers' collectives around the layers with LoRA: the sum of both is exchanged, once."""
 
     def split_input(_layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -138,21 +120,18 @@ def add_collectives(model: "PeftModel", sides: Mapping[str, Side], mesh: DeviceM
 
     def sum_output(_layer: nn.Module, _inputs: object, output: torch.Tensor) -> torch.Tensor:
         """Every rank has a part of the sum, and needs all of it."""
-        return (
-            DTensor.from_local(output, mesh, [Partial()], run_check=False)
-            .redistribute(placements=[Replicate()])
-            .to_local()
-        )
+        partial = DTensor.from_local(output, mesh, [Partial()], run_check=False)
+        return partial.redistribute(placements=[Replicate()]).to_local()
 
     for name, side in sides.items():
         layer = model.get_base_model().get_submodule(name)
-        if side is Side.COLUMN:
+        if side is TPSide.COLUMN:
             layer.register_forward_pre_hook(split_input)
         else:
             layer.register_forward_hook(sum_output)
 
 
-def gather(model: "PeftModel", sides: Mapping[str, Side], mesh: DeviceMesh) -> dict[str, torch.Tensor]:
+def gather(model: "PeftModel", sides: Mapping[str, TPSide], mesh: DeviceMesh) -> dict[str, torch.Tensor]:
     """The blocks of all ranks, packed as PEFT packs them and by PEFT's names; all ranks must call this.
 
     Returns:
@@ -164,6 +143,7 @@ def gather(model: "PeftModel", sides: Mapping[str, Side], mesh: DeviceMesh) -> d
     tensors = {}
     for key, block in sorted(get_peft_model_state_dict(model).items()):
         name, _, factor = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".lora_")
-        dim = sides[name].a if factor == "A" else sides[name].b
+        # PEFT packs blocks below one another, but for a row-parallel layer's B, whose blocks stand side by side.
+        dim = 1 if factor == "B" and sides[name] is TPSide.ROW else 0
         tensors[key] = DTensor.from_local(block, mesh, [Shard(dim)], run_check=False).full_tensor().cpu()
     return tensors
