@@ -24,6 +24,9 @@ def main(
     tp: Annotated[int, typer.Option("--tp", min=1, help="TP degree, whatever the adapters' block counts.")] = 2,
     data: Data = OPPOSITES,
     prompts: Annotated[int, typer.Option(min=1, help="How many of the data's first prompts are asked.")] = 3,
+    dtype: Annotated[
+        str, typer.Option(help="float32 is what PEFT computes in; auto, SGLang's default, 16 bits.")
+    ] = "auto",
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 6,
 ) -> None:
     """Ask the base model and every adapter the same."""
@@ -31,28 +34,35 @@ def main(
     if not folders:
         raise BDLoRAError(f"{WORK / 'adapters'}: found no adapter, expected one of another example, or folders")
     asked = [row.prompt for row in read_rows(data)[:prompts]]
-    table = Table("prompt", "base model", *(folder.name for folder in folders), title=f"Served at TP {tp}")
-    for prompt, answers in zip(asked, answer(base_model(model), folders, tp, asked, new_tokens), strict=True):
-        table.add_row(Text(prompt), *(Text(ascii(text)) for text in answers))
+    table = Table("adapter", *asked, title=f"Served at TP {tp}")
+    for name, texts in answer(base_model(model), folders, tp, dtype, asked, new_tokens).items():
+        table.add_row(name, *(Text(ascii(text)) for text in texts))
     Console().print(table)
 
 
-def answer(model: str, folders: Sequence[Path], tp: int, prompts: Sequence[str], new_tokens: int) -> list[list[str]]:
-    """For each prompt the base model's answer and every adapter's, all from one batch."""
+def answer(
+    model: str, folders: Sequence[Path], tp: int, dtype: str, prompts: Sequence[str], new_tokens: int
+) -> dict[str, list[str]]:
+    """The answers of the base model and of every adapter, by name, one for each prompt; all from one batch."""
     from bdlora_sglang import Engine
 
-    names = [None, *(folder.name for folder in folders)]
-    engine = Engine(model_path=model, tp_size=tp, lora_paths=[f"{folder.name}={folder}" for folder in folders])
+    paths = {folder.name: folder for folder in folders}
+    engine = Engine(
+        model_path=model, tp_size=tp, dtype=dtype, lora_paths=[f"{name}={path}" for name, path in paths.items()]
+    )
+    asked = [(name, prompt) for name in (None, *paths) for prompt in prompts]
     try:
         answers = engine.generate(
-            [prompt for prompt in prompts for _ in names],
+            [prompt for _, prompt in asked],
             {"temperature": 0, "max_new_tokens": new_tokens},
-            lora_path=names * len(prompts),
+            lora_path=[name for name, _ in asked],
         )
     finally:
         engine.shutdown()
-    texts = [str(found["text"]) for found in answers]
-    return [texts[start : start + len(names)] for start in range(0, len(texts), len(names))]
+    found: dict[str, list[str]] = {}
+    for (name, _), reply in zip(asked, answers, strict=True):
+        found.setdefault(name or "base model", []).append(str(reply["text"]))
+    return found
 
 
 if __name__ == "__main__":  # SGLang starts its ranks as processes that import this file

@@ -21,7 +21,7 @@ def main(
     lora: Annotated[Path | None, typer.Option(help="A plain LoRA of that model; default: one is trained.")] = None,
     data: Data = OPPOSITES,
     tp: TPDegree = 2,
-    param_ratio: Annotated[float, typer.Option(help="Parameters of the BD-LoRA over the LoRA's.")] = 1.0,
+    param_ratio: Annotated[float, typer.Option(help="Parameters of the BD-LoRA over the LoRA's.")] = 0.5,
     rank: Rank = 8,
     steps: Steps = 60,
     heal_steps: Annotated[int, typer.Option(min=1, help="Steps of the further fine-tune.")] = 15,
@@ -63,8 +63,9 @@ def main(
             f"{found.num_parameters:,}",
             f"{found.bytes_per_gpu[0].communication_free / 2**10:.0f}",
             f"{error:.2f}",
-            f"{mean_loss(healed, make_batches(rows, tokenizer, 2, seed)):.3f}",
+            f"{mean_loss(healed, make_batches(rows, tokenizer, steps=2, seed=seed)):.4f}",
         )
+        healed.set_adapter("healed")
         healed.delete_adapter("shown")
     Console().print(table)
     typer.echo(f"bdlora launch --model {name} --tp {tp} --adapters {output}")

@@ -84,4 +84,4 @@ def mean_loss(model: torch.nn.Module, batches: Iterable[dict[str, torch.Tensor]]
     """The loss in nats a token, the mean over the batches."""
     device = next(model.parameters()).device
     losses = [model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss.item() for batch in batches]
-    return sum(losses) / len(losses)
+    return float(sum(losses) / len(losses))
