@@ -1,12 +1,16 @@
-"""The examples as a user runs them, from the root of the repository, in a short form; then all adapters are served."""
+"""The examples in a short form, on a small model; then all the adapters that they made are served together."""
 
+import io
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +19,12 @@ from bdlora_perf.synthetic import make_model
 from bdlora_perf.synthetic.reference import PeftReference
 from bdlora_sglang.adapter import Adapter
 from bdlora_sglang.errors import BDLoRAError
+from examples.convert_and_heal.convert import main as convert
 from examples.shared.data import OPPOSITES, read_rows
+from examples.train_and_serve.train import main as train
+from tests.threads import one_thread
+
+__all__ = ["one_thread"]
 
 ROOT = Path(__file__).resolve().parents[2]
 TP = 2
@@ -45,16 +54,23 @@ def run(*arguments: str | Path) -> str:
     return done.stdout
 
 
+def call(main: Callable[..., None], **options: Any) -> str:
+    """What an example of one process prints; in this process, which has imported PEFT and transformers."""
+    with redirect_stdout(io.StringIO()) as printed:
+        main(**options)
+    return printed.getvalue()
+
+
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     model = make_model(tmp_path_factory.mktemp("model") / "llama", num_hidden_layers=LAYERS)
     adapters = tmp_path_factory.mktemp("adapters")
     torchrun = ("torch.distributed.run", f"--nproc-per-node={TP}", f"--master-port={free_port()}", "-m")
-    shared: tuple[str | Path, ...] = ("--model", model, "--steps", "16", "--output")
+    under_tp = ("examples.train_under_tp.train", "--steps=10", "--model", model, "--output", adapters / "under-tp")
     printed = {
-        "train": run("examples.train_and_serve.train", *shared, adapters / "trained"),
-        "convert": run("examples.convert_and_heal.convert", *shared, adapters),
-        "under-tp": run(*torchrun, "examples.train_under_tp.train", *shared, adapters / "under-tp"),
+        "train": call(train, model=str(model), steps=16, output=adapters / "trained"),
+        "convert": call(convert, model=str(model), steps=16, output=adapters),
+        "under-tp": run(*torchrun, *under_tp),
     }
     return Ran(model, adapters, printed)
 
@@ -106,7 +122,10 @@ def test_every_adapter_is_served_as_peft_computes_it(ran: Ran) -> None:
 
     def answers(folder: Path | None) -> list[str]:
         generated = (reference.generate(prompt, folder, 6).tokens for prompt in prompts)
-        return [ascii(tokenizer.decode(takewhile(tokenizer.eos_token_id.__ne__, tokens))) for tokens in generated]
+        return [
+            ascii(tokenizer.decode(list(takewhile(tokenizer.eos_token_id.__ne__, tokens)), skip_special_tokens=True))
+            for tokens in generated
+        ]
 
     rows = ran.rows("serve")
     assert rows["base model"] == answers(None)
