@@ -22,9 +22,6 @@ from bdlora_sglang.errors import BDLoRAError
 from examples.convert_and_heal.convert import main as convert
 from examples.shared.data import OPPOSITES, read_rows
 from examples.train_and_serve.train import main as train
-from tests.threads import one_thread
-
-__all__ = ["one_thread"]
 
 ROOT = Path(__file__).resolve().parents[2]
 TP = 2
