@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
@@ -64,7 +65,7 @@ def take_shards(model: "PreTrainedModel", targets: Collection[str]) -> dict[str,
     sides = {}
     for name, layer in list(model.named_modules()):
         if name.rpartition(".")[2] in targets:
-            sides[name] = _side(name, layer)
+            sides[name] = _side(name, layer.weight)
             model.set_submodule(name, _local(layer, sides[name]))
     if not sides:
         raise BDLoRAError(f"model: found no layer named {', '.join(sorted(targets))}, expected at least one")
@@ -73,27 +74,32 @@ def take_shards(model: "PreTrainedModel", targets: Collection[str]) -> dict[str,
     return sides
 
 
-def _side(name: str, layer: nn.Module) -> TPSide:
-    weight = layer.weight
-    placements = weight.placements if isinstance(weight, DTensor) else ()
-    if placements not in ((Shard(0),), (Shard(1),)):
-        raise BDLoRAError(f"{name}: found weights placed as {placements}, expected split over the rows or the columns")
-    features, ranks = weight.shape[placements[0].dim], weight.device_mesh.size()
+def _side(name: str, weight: torch.Tensor) -> TPSide:
+    sides = {(Shard(0),): TPSide.COLUMN, (Shard(1),): TPSide.ROW}
+    if not isinstance(weight, DTensor) or weight.placements not in sides:
+        found = weight.placements if isinstance(weight, DTensor) else "whole"
+        raise BDLoRAError(f"{name}: found weights placed as {found}, expected split over the rows or the columns")
+    side = sides[weight.placements]
+    features, ranks = weight.shape[0 if side is TPSide.COLUMN else 1], weight.device_mesh.size()
     if features % ranks:
         raise BDLoRAError(f"{name}: found {features} features to split, expected a multiple of {ranks} ranks")
-    return TPSide.COLUMN if placements[0].dim == 0 else TPSide.ROW
+    return side
 
 
-def _local(layer: nn.Module, side: TPSide) -> nn.Linear:
+def _local(layer: nn.Linear, side: TPSide) -> nn.Linear:
     """A plain layer with this rank's weights. A row-parallel layer's bias is rank 0's, so that it is added once."""
-    weight, bias = layer.weight.detach().to_local(), layer.bias
-    if isinstance(bias, DTensor):
-        bias = bias.detach().to_local() if side is TPSide.COLUMN or bias.device_mesh.get_local_rank() == 0 else None
-    local = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    local.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        local.bias = nn.Parameter(bias, requires_grad=False)
+    weight = _shard(layer.weight)
+    has_bias = layer.bias is not None and (side is TPSide.COLUMN or dist.get_rank() == 0)
+    local = nn.Linear(weight.shape[1], weight.shape[0], bias=has_bias, device="meta")
+    local.weight = weight
+    if has_bias:
+        local.bias = _shard(layer.bias)
     return local
+
+
+def _shard(weight: torch.Tensor) -> nn.Parameter:
+    assert isinstance(weight, DTensor)
+    return nn.Parameter(weight.to_local().detach(), requires_grad=False)
 
 
 def local_config(config: "LoraConfig", ranks: int) -> "LoraConfig":

@@ -20,8 +20,11 @@ from bdlora_perf.synthetic.reference import PeftReference
 from bdlora_sglang.adapter import Adapter
 from bdlora_sglang.errors import BDLoRAError
 from examples.convert_and_heal.convert import main as convert
+from examples.serve import main as serve
 from examples.shared.data import OPPOSITES, read_rows
+from examples.shared.training import lora_config
 from examples.train_and_serve.train import main as train
+from examples.train_under_tp.shards import local_config, take_shards
 
 ROOT = Path(__file__).resolve().parents[2]
 TP = 2
@@ -45,7 +48,7 @@ class Ran:
 
 def run(*arguments: str | Path) -> str:
     """What ``python -m arguments...`` prints."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "400"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -108,11 +111,12 @@ def test_training_under_tp_equals_one_process(ran: Ran) -> None:
     assert loss < 1e-3 and weights < 1e-3
 
 
-def test_every_adapter_is_served_as_peft_computes_it(ran: Ran) -> None:
+def test_every_adapter_is_served_as_peft_computes_it(ran: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoTokenizer
 
     folders = [ran.adapters / name for name in ADAPTERS]
-    ran.printed["serve"] = run("examples.serve", *folders, "--model", ran.model, f"--tp={TP}", "--dtype=float32")
+    monkeypatch.setenv("COLUMNS", "400")  # a table that is not wrapped
+    ran.printed["serve"] = call(serve, folders=folders, model=str(ran.model), tp=TP, dtype="float32")
     tokenizer = AutoTokenizer.from_pretrained(ran.model)
     reference = PeftReference(ran.model)
     prompts = [tokenizer.encode(row.prompt) for row in read_rows(OPPOSITES)[:3]]
@@ -136,3 +140,14 @@ def test_bad_data(tmp_path: Path) -> None:
     data.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
     with pytest.raises(BDLoRAError, match=r"data\.jsonl, line 2: found .*expected"):
         read_rows(data)
+
+
+def test_what_cannot_be_trained_under_tp(ran: Ran) -> None:
+    from transformers import AutoModelForCausalLM
+
+    with pytest.raises(
+        BDLoRAError, match=r"layers\.0\.self_attn\.q_proj: found weights placed as whole, expected split"
+    ):
+        take_shards(AutoModelForCausalLM.from_pretrained(ran.model), ["q_proj"])
+    with pytest.raises(BDLoRAError, match="--rank: found 6, expected a multiple of 4 ranks"):
+        local_config(lora_config(6, 2, str(ran.model)), 4)
