@@ -145,9 +145,7 @@ def test_bad_data(tmp_path: Path) -> None:
 def test_what_cannot_be_trained_under_tp(ran: Ran) -> None:
     from transformers import AutoModelForCausalLM
 
-    with pytest.raises(
-        BDLoRAError, match=r"layers\.0\.self_attn\.q_proj: found weights placed as whole, expected split"
-    ):
+    with pytest.raises(BDLoRAError, match=r"layers\.0\.self_attn\.q_proj: found weights placed as whole"):
         take_shards(AutoModelForCausalLM.from_pretrained(ran.model), ["q_proj"])
     with pytest.raises(BDLoRAError, match="--rank: found 6, expected a multiple of 4 ranks"):
         local_config(lora_config(6, 2, str(ran.model)), 4)
