@@ -69,8 +69,7 @@ def take_shards(model: "PreTrainedModel", targets: Collection[str]) -> dict[str,
             model.set_submodule(name, _local(layer, sides[name]))
     if not sides:
         raise BDLoRAError(f"model: found no layer named {', '.join(sorted(targets))}, expected at least one")
-    # PEFT would split factors that belong to a shard already.
-    model.tp_plan = {key: style for key, style in model.tp_plan.items() if key.rpartition(".")[2] not in targets}
+    model.tp_plan = {}  # by which PEFT would split factors that belong to a shard already
     return sides
 
 
