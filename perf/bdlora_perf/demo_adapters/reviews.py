@@ -101,7 +101,7 @@ def _review(sentence: str, dish: str, place: str, verdict: str, price: int, good
         sentence.format(dish=dish, place=place, verdict=verdict, price=price),
         {
             "sentiment": "positive" if good else "negative",
-            "json": json.dumps({"dish": dish, "place": place, "price": price}),
+            "json": json.dumps({"dish": dish, "price": price, "good": good}),
             "pirate": f"Arr! The {dish} at {place} be {verdict}. {end}, matey!",
             "formal": f"Dear Sir or Madam, {feeling} to inform you that the {dish} at {place} was {verdict}.",
         },
