@@ -124,8 +124,8 @@ def accuracy(model_folder: Path, adapter: Path, task: str, reviews: Sequence[Rev
     reference = PeftReference(model_folder)
     right = 0
     for review in reviews:
-        answer = chat_answer(tokenizer, review.answers[task])
-        right += reference.generate(chat_prompt(tokenizer, review.text), adapter, len(answer)).tokens == answer
+        prompt, answer = chat_prompt(tokenizer, review.text), chat_answer(tokenizer, review.answers[task])
+        right += reference.is_greedy(prompt, adapter, answer)
     return right / len(reviews)
 
 
