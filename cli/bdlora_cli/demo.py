@@ -117,7 +117,8 @@ def _send(server: "DemoServer", files: _Files) -> list[Request]:
     review, prompt = asked[0]
 
     batch = [(*question, adapter) for question in asked for adapter in (None, *files.adapters)]
-    answers = server.generate([(adapter and adapter.name, ids) for _, ids, adapter in batch], _SAMPLING)
+    named = [(None if adapter is None else adapter.name, ids) for _, ids, adapter in batch]
+    answers = server.generate(named, _SAMPLING)
     requests = [Request("batch", *sent, answer) for sent, answer in zip(batch, answers, strict=True)]
 
     adapter = FOLDER / "adapters" / _SOURCE
