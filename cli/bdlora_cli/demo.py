@@ -24,7 +24,7 @@ FOLDER = Path(".demo")
 NEW_TOKENS = 40
 _SAMPLING = {"temperature": 0, "max_new_tokens": NEW_TOKENS}
 _TP_DEGREES = (1, 3)  # the model has 9 heads, 3 KV heads and an intermediate size of 1536
-_REVIEWS = 2
+_REVIEWS = slice(1, 3)  # of the test reviews: one of praise, one of blame
 # Made from the plain LoRA adapter by lora2bd, and loaded over the API when the server runs.
 _SOURCE = "pirate"
 _CONVERTED = "pirate-bd"
@@ -113,7 +113,7 @@ def _send(server: "DemoServer", files: _Files) -> list[Request]:
     from bdlora_perf.demo_adapters import chat_prompt, read_reviews
 
     tokenizer = AutoTokenizer.from_pretrained(files.model)
-    asked = [(review, chat_prompt(tokenizer, review.text)) for review in read_reviews("test")[:_REVIEWS]]
+    asked = [(review, chat_prompt(tokenizer, review.text)) for review in read_reviews("test")[_REVIEWS]]
     review, prompt = asked[0]
 
     batch = [(*question, adapter) for question in asked for adapter in (None, *files.adapters)]

@@ -21,7 +21,7 @@ def test_every_answer_equals_pefts_and_every_adapter_does_its_task(tmp_path: Pat
     done = run_demo(tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "12 of 12 answers equal PEFT's" in done.stdout
-    for review in read_reviews("test")[:2]:
+    for review in read_reviews("test")[1:3]:
         for task, answer in review.answers.items():
             assert answer in done.stdout, f"{task}: {done.stdout}"
 
