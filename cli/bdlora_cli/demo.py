@@ -145,11 +145,14 @@ def _expect_adapters(server: "DemoServer", expected: set[str]) -> None:
 
 def _equal_to_peft(model: Path, requests: Sequence[Request]) -> list[bool]:
     """Whether PEFT decodes the same tokens, and each answer is whole: it ends by itself or at the limit."""
+    import torch
     from transformers.utils import logging
 
     from bdlora_perf.synthetic.reference import PeftReference
 
     logging.disable_progress_bar()
+    # Beside other work, threads wait for each other at each of thousands of small products: 69 s instead of some ten.
+    torch.set_num_threads(1)
     reference = PeftReference(model)
 
     def equals(prompt: list[int], adapter: Path | None, tokens: list[int]) -> bool:
