@@ -28,7 +28,7 @@ def initialise_like_lora(
 
     - ``per-block``: ``1 / sqrt(in / N)``: each block is a plain LoRA on its own ``in / N`` inputs, and what A gives has
       the variance that it has in a plain LoRA;
-    - ``whole-layer``: ``1 / sqrt(in)``: the values of a plain LoRA on the whole layer, of which each row keeps its block;
+    - ``whole-layer``: ``1 / sqrt(in)``: a plain LoRA on the whole layer, of whose A each row keeps its own block;
     - ``peft``: ``sqrt(6 N / in)``: PEFT's own.
 
     Equal shapes get equal values: LoRA and BD-LoRA of one rank start from the same A in column-parallel layers.
