@@ -17,8 +17,8 @@ TARGETS = {
     "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
     "all": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
 }
-# Further apart, two numbers of parameters are not called equal. The paper's pairs are 0.86 and 0.87 apart.
-EQUAL_PARAMETERS = (0.8, 1.25)
+# Further apart, two sizes are not called equal. The paper's pairs are 0.86 and 0.87 apart in their parameters.
+_EQUAL = (0.8, 1.25)
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,18 @@ def matched_shape(modules: Sequence[TargetModule], rank: int, nblocks: int) -> A
     plain = AdapterShape(rank).parameters(modules)
     smallest = AdapterShape(nblocks, nblocks).parameters(modules)
     shape = AdapterShape(max(1, round(plain / smallest)) * nblocks, nblocks)
-    low, high = EQUAL_PARAMETERS
-    return shape if low <= shape.parameters(modules) / plain <= high else None
+    return shape if _equal(shape.parameters(modules), plain) else None
+
+
+def closest_shape(rank: int, nblocks: int) -> AdapterShape | None:
+    """BD-LoRA of the multiple of ``nblocks`` that is closest to ``rank``; None where none is close."""
+    shape = AdapterShape(max(1, round(rank / nblocks)) * nblocks, nblocks)
+    return shape if _equal(shape.rank, rank) else None
+
+
+def _equal(size: int, other: int) -> bool:
+    low, high = _EQUAL
+    return low <= size / other <= high
 
 
 @dataclass(frozen=True)
@@ -103,8 +113,9 @@ def make_systems(
 ) -> list[System]:
     """All contenders in the order of reports.
 
-    BD-LoRA comes at each of ``multiples`` of r and at the rank that matches LoRA's parameters, where that is another
-    one. Initial values but the first of ``inits``, and conversions, are tried at the matched rank.
+    BD-LoRA comes at each of ``multiples`` of r, rounded to a rank that the blocks divide, and at the rank that matches
+    LoRA's parameters, where that is another one. Initial values but the first of ``inits``, and conversions, are tried
+    at the matched rank.
 
     Raises:
         BDLoRAError: a module's blocked features cannot be cut in so many blocks.
@@ -134,7 +145,8 @@ def _trained(
 ) -> list[System]:
     name, label = f"bd{nblocks}", f"BD-LoRA, {nblocks} blocks"
     by_suffix = {
-        f"{m}r": {r: AdapterShape(m * r, nblocks) for r in ranks if m * r % nblocks == 0} for m in sorted(multiples)
+        f"{m}r": {r: shape for r in ranks if (shape := closest_shape(m * r, nblocks)) is not None}
+        for m in sorted(multiples)
     }
     same = [suffix for suffix, shapes in by_suffix.items() if shapes == matched]
     if not same:
