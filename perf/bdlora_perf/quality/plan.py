@@ -87,23 +87,26 @@ def make_plan(model: Path, data: Sequence[Path], **fields: Any) -> Plan:
         plan = Plan(model=_fingerprint(model), tasks=tasks, **fields)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
-        flag = str(problem["loc"][0]).replace("_", "-") if problem["loc"] else "plan"
-        expected = {"methods": METHODS, "inits": INITS}.get(str(problem["loc"][0]))
+        name = str(problem["loc"][0])
+        expected = {"methods": METHODS, "inits": INITS}.get(name)
         raise BDLoRAError(
-            f"--{flag}: found {problem['input']!r}, expected {', '.join(expected) if expected else problem['msg']}"
+            f"{_flag(name)}: found {problem['input']!r}, expected {', '.join(expected) if expected else problem['msg']}"
         ) from error
     _check(plan)
     return plan
 
 
+def _flag(name: str) -> str:
+    return "--init" if name == "inits" else f"--{name.replace('_', '-')}"
+
+
 def _check(plan: Plan) -> None:
-    for flag in ("ranks", "blocks", "multiples", "seeds", "learning_rates", "inits", "methods"):
-        values = getattr(plan, flag)
-        name = flag.replace("_", "-")
+    for name in ("ranks", "blocks", "multiples", "seeds", "learning_rates", "inits", "methods"):
+        values = getattr(plan, name)
         if not values or len(set(values)) < len(values):
-            raise BDLoRAError(f"--{name}: found {values}, expected different values, one at least")
-        if any(isinstance(value, (int, float)) and value <= 0 for value in values) and flag != "seeds":
-            raise BDLoRAError(f"--{name}: found {values}, expected positive numbers")
+            raise BDLoRAError(f"{_flag(name)}: found {values}, expected different values, one at least")
+        if any(isinstance(value, (int, float)) and value <= 0 for value in values) and name != "seeds":
+            raise BDLoRAError(f"{_flag(name)}: found {values}, expected positive numbers")
     if "lora" not in plan.methods:
         raise BDLoRAError(f"--methods: found {', '.join(plan.methods)}, expected lora: it is what others are beside")
     if plan.target_modules not in TARGETS:

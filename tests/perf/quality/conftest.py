@@ -11,6 +11,7 @@ import pytest
 from bdlora_perf.quality.plan import QualityOptions, make_plan
 from bdlora_perf.synthetic import make_model
 
+COMMAND = "bdlora perf quality"
 # 2 and 4 blocks divide all sizes.
 SHAPE: dict[str, Any] = {
     "hidden_size": 32,
@@ -65,7 +66,7 @@ def options(model: Path, data: list[Path], tmp_path: Path) -> Callable[..., Qual
         files = data[:tasks]
         plan = make_plan(model, files, **{**FIELDS, **fields})
         paths = {path.stem: path for path in files}
-        made = QualityOptions(plan, model, paths, tmp_path / output, "cpu", "bdlora perf quality", tp=2)
+        made = QualityOptions(plan, model, paths, tmp_path / output, "cpu", COMMAND, tp=2)
         return replace(made, part=part)
 
     return make

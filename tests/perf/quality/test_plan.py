@@ -41,15 +41,18 @@ def test_the_matched_rank_is_the_closest(model: Path) -> None:
 def test_systems(model: Path) -> None:
     modules = target_modules(AutoModelForCausalLM.from_pretrained(model), "all")
     systems = make_systems(modules, ("lora", "bd", "healed"), (2, 4, 8), (4,), (2, 3), ("per-block", "peft"))
+    same = make_systems(modules, ("lora", "bd"), (2, 4), (4,), (2,), ("per-block",))
     shapes = {system.name: system.shapes for system in systems}
-    # The matched rank is 2r wherever there is one: it is not tried twice.
+    # 3 times 2 is far from a multiple of 4.
     assert {name: {r: shape.rank for r, shape in found.items()} for name, found in shapes.items()} == {
         "lora": {2: 2, 4: 4, 8: 8},
+        "bd4-matched": {2: 4, 4: 8, 8: 12},
         "bd4-2r": {2: 4, 4: 8, 8: 16},
         "bd4-3r": {4: 12, 8: 24},
-        "bd4-2r-peft": {2: 4, 4: 8, 8: 16},
-        "healed-4": {2: 4, 4: 8, 8: 16},
+        "bd4-matched-peft": {2: 4, 4: 8, 8: 12},
+        "healed-4": {2: 4, 4: 8, 8: 12},
     }
+    assert [system.name for system in same] == ["lora", "bd4-2r"], "where both are the same it is not tried twice"
 
 
 def test_a_plan_is_fixed(options: Callable[..., QualityOptions]) -> None:

@@ -19,7 +19,7 @@ from bdlora_perf.quality.systems import AdapterShape
 from bdlora_perf.report.schema import Report
 from bdlora_sglang.convert import ConvertOptions, RankChoice, lora2bd
 from bdlora_sglang.errors import BDLoRAError
-from tests.perf.quality.conftest import FIELDS
+from tests.perf.quality.conftest import COMMAND, FIELDS
 from tests.perf.report.samples import MACHINE
 
 Options = Callable[..., QualityOptions]
@@ -47,7 +47,7 @@ def finished(model: Path, data: list[Path], tmp_path_factory: pytest.TempPathFac
 
     plan = make_plan(model, data, **FIELDS)
     folder = tmp_path_factory.mktemp("finished") / "runs"
-    return run(QualityOptions(plan, model, {path.stem: path for path in data}, folder, "cpu", "", tp=2))
+    return run(QualityOptions(plan, model, {path.stem: path for path in data}, folder, "cpu", COMMAND, tp=2))
 
 
 def report_of(sweep: Sweep) -> Report:
@@ -58,11 +58,11 @@ def report_of(sweep: Sweep) -> Report:
 
 
 def test_all_runs_are_done(finished: Sweep) -> None:
-    """Two tasks; LoRA, BD-LoRA, PEFT's initial values and healing with two rates for the first seed, one afterwards."""
+    """What is trained has two rates for the first seed, one afterwards; two conversions are not."""
     names = files(finished)
-    assert len(names) == finished.num_runs == 2 * (4 * 3 + 2 * 2)
+    assert len(names) == finished.num_runs == 2 * (5 * 3 + 2 * 2)
     report = report_of(finished)
-    assert len(report.samples) == 2 * 6 * 2
+    assert len(report.samples) == 2 * 7 * 2
     assert {s.metrics["parameters"] for s in report.samples if s.system == "lora"} == {4 * 1344.0}
     assert all(s.metrics["output_throughput"] > 0 for s in report.samples)
 
@@ -83,7 +83,7 @@ def test_partial_results_make_a_report(options: Options) -> None:
     sweep = run(options(), most=2)
     report = report_of(sweep)
     assert {(sample.system, sample.round) for sample in report.samples} == {("lora", 0)}
-    assert report.notes[0] == "1 of 12 figures are finished; the others are missing here."
+    assert report.notes[0] == "1 of 14 figures are finished; the others are missing here."
 
 
 def test_damaged_folders_are_refused(options: Options) -> None:
