@@ -77,7 +77,8 @@ def library_files() -> list[Path]:
 
 def _parse(path: Path) -> ast.Module | None:
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             return ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError):
         return None  # a template, or a file of another encoding

@@ -89,7 +89,7 @@ class Trainer:
             batch = make_batch(next(batches), self.tokenizer.eos_token_id, self.device)
             logits = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
             loss = cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch.labels[:, 1:].flatten())
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(parameters, _LARGEST_GRADIENT)
             optimizer.step()
             optimizer.zero_grad()
