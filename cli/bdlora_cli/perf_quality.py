@@ -113,6 +113,7 @@ def quality(
 def _measure(options: "QualityOptions") -> None:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+    from transformers.utils import logging
 
     from bdlora_perf.quality.report import make_report
     from bdlora_perf.quality.sweep import Sweep
@@ -121,6 +122,7 @@ def _measure(options: "QualityOptions") -> None:
     started, start = datetime.now(timezone.utc), time.perf_counter()
     console = Console()
     interrupted = False
+    logging.disable_progress_bar()  # one for each time that a model is loaded
     sweep = Sweep(options)
     options.plan.save(options.output)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())

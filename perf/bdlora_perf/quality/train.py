@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from bdlora_perf.quality.data import Example, Task, make_batch, training_batches
 from bdlora_perf.quality.init import Init, initialise_like_lora
 from bdlora_perf.quality.systems import TARGETS, AdapterShape
+from bdlora_sglang.convert.options import DTYPES
 from bdlora_sglang.convert.sides import SIDES, TPSide
 from bdlora_sglang.errors import BDLoRAError
 
@@ -51,7 +52,7 @@ class Trainer:
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder)
-            base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32 if dtype == "float32" else "auto")
+            base = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype])
             base = cast(Any, base).to(device)
         except (OSError, ValueError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0]
