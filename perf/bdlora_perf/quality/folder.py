@@ -72,6 +72,7 @@ class RunResult(BaseModel):
     validation_loss: float
     loss: float
     accuracy: float
+    token_accuracy: float
     delta_error: float | None = None
 
 

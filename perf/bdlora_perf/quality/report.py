@@ -17,6 +17,7 @@ METRICS = {
     "loss": Metric(label="held-out loss", unit="nats per token", better="lower"),
     "perplexity": Metric(label="held-out perplexity", unit="", better="lower"),
     "accuracy": Metric(label="accuracy", unit="", better="higher"),
+    "token_accuracy": Metric(label="accuracy by token", unit="", better="higher"),
     "parameters": Metric(label="parameters", unit=""),
     "output_throughput": Metric(label="output throughput", unit="token/s"),
     "delta_error": Metric(label="conversion error of the delta", unit="", better="lower"),
@@ -24,7 +25,7 @@ METRICS = {
 }
 _ACCURACY = (
     "Accuracy of a task with completions: the part of them that greedy decoding reproduces to the last token; of a "
-    "text: the part of next tokens that are the likeliest."
+    "text, and by token: the part of target tokens that are the likeliest after those before."
 )
 _PAPER = (
     "The paper's figures for Llama-3.1-8B with 8 blocks, read off its plot within 0.0002 and not measured here. LoRA r "
@@ -86,6 +87,7 @@ def _sample(
         "loss": result.loss,
         "perplexity": math.exp(result.loss),
         "accuracy": result.accuracy,
+        "token_accuracy": result.token_accuracy,
         "parameters": float(result.parameters),
     }
     if run.cell.shape in speeds:

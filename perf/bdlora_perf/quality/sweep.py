@@ -3,6 +3,7 @@
 import math
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -91,9 +92,7 @@ class Sweep:
         result = self.folder.read(name)
         if result is None:
             validation, test = (self.trainer.evaluate(self.trainer.base, task, part) for part in _held_out(task))
-            result = RunResult(
-                name=name, parameters=0, validation_loss=validation.loss, loss=test.loss, accuracy=test.accuracy
-            )
+            result = RunResult(name=name, parameters=0, validation_loss=validation.loss, **asdict(test))
             self.folder.write(result)
         return result
 
@@ -158,6 +157,7 @@ class Sweep:
             validation_loss=_finite(validation.loss),
             loss=_finite(test.loss),
             accuracy=test.accuracy,
+            token_accuracy=test.token_accuracy,
             delta_error=delta_error,
         )
 

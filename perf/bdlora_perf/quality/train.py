@@ -26,12 +26,16 @@ _LARGEST_GRADIENT = 1.0
 
 @dataclass(frozen=True)
 class Evaluation:
-    """``loss``: mean negative log-likelihood of a target token, nats. ``accuracy``: of a task with completions the part
-    of them that greedy decoding reproduces to the last token, its end included; of a text the part of next tokens that
-    are the likeliest."""
+    """Of held-out examples.
+
+    ``loss``: mean negative log-likelihood of a target token, nats. ``token_accuracy``: the part of target tokens that
+    are the likeliest after those before. ``accuracy``: of a task with completions the part of them that greedy decoding
+    reproduces to the last token, its end included; of a text the same as ``token_accuracy``.
+    """
 
     loss: float
     accuracy: float
+    token_accuracy: float
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ class Trainer:
     def evaluate(self, model: Any, task: Task, examples: Sequence[Example]) -> Evaluation:
         """One forward over the examples. A loss that is no number is infinitely bad: training diverged."""
         model.eval()
-        loss, tokens, right, judged = 0.0, 0, 0, 0
+        loss, tokens, hits, exact = 0.0, 0, 0, 0
         with torch.inference_mode():
             for start in range(0, len(examples), self.batch_size):
                 batch = make_batch(examples[start : start + self.batch_size], self.tokenizer.eos_token_id, self.device)
@@ -110,11 +114,12 @@ class Trainer:
                 wanted = labels >= 0
                 loss += float(cross_entropy(logits.transpose(1, 2), labels, reduction="sum"))
                 tokens += int(wanted.sum())
-                hits = logits.argmax(-1) == labels
+                is_hit = logits.argmax(-1) == labels
+                hits += int((is_hit & wanted).sum())
                 # Greedy decoding gives the completion just when each of its tokens is the likeliest after those before.
-                right += int((hits | ~wanted).all(-1).sum() if task.exact else (hits & wanted).sum())
-                judged += len(labels) if task.exact else int(wanted.sum())
-        return Evaluation(loss / tokens, right / judged)
+                exact += int((is_hit | ~wanted).all(-1).sum())
+        token_accuracy = hits / tokens
+        return Evaluation(loss / tokens, exact / len(examples) if task.exact else token_accuracy, token_accuracy)
 
 
 def lora_config(shape: AdapterShape, target: str, scaling: float) -> Any:

@@ -88,12 +88,13 @@ LAYOUTS: Mapping[Kind, Layout] = {
         plots=(
             _trade_off("perplexity", "Perplexity against parameters", "perplexity", "BD-LoRA"),
             _trade_off("accuracy", "Accuracy against parameters", "accuracy", "BD-LoRA"),
+            _trade_off("token-accuracy", "Accuracy by token against parameters", "token_accuracy", "BD-LoRA"),
             _trade_off("speed", "Perplexity against speed", "perplexity", "BD-LoRA", x="output_throughput"),
             _trade_off("conversion", "What conversion costs", "perplexity", "conversion"),
             _trade_off(
                 "initial-values", "Initial values of a block-diagonal A", "perplexity", "BD-LoRA", "initial values"
             ),
         ),
-        paired=("loss", "accuracy"),
+        paired=("loss", "accuracy", "token_accuracy"),
     ),
 }

@@ -129,7 +129,7 @@ def test_conversions_have_the_figures_of_peft(finished: Sweep, model: Path, data
     base: Any = AutoModelForCausalLM.from_pretrained(model)
     adapted = PeftModel.from_pretrained(base, str(tmp_path / "bd")).eval()
     task = load_task(data[0], AutoTokenizer.from_pretrained(model), 32, (8, 8))
-    total, tokens, right = 0.0, 0, 0
+    total, tokens, right, hits = 0.0, 0, 0, 0
     for example in task.test:
         ids = torch.tensor([example.ids])
         labels = ids.clone()
@@ -137,13 +137,16 @@ def test_conversions_have_the_figures_of_peft(finished: Sweep, model: Path, data
         count = len(example.ids) - example.start
         total += adapted(input_ids=ids, labels=labels).loss.item() * count
         tokens += count
+        with torch.inference_mode():
+            best = adapted(input_ids=ids).logits[0, example.start - 1 : -1].argmax(-1)
+        hits += int((best == ids[0, example.start :]).sum())
         answer = adapted.generate(input_ids=ids[:, : example.start], max_new_tokens=count, do_sample=False)
         right += answer[0].tolist() == list(example.ids)
     name = Run(cell, 1, 0.0).name
     result = finished.folder.read(name)
     assert result is not None, f"{name} of {sorted(files(finished))}"
     assert result.loss == pytest.approx(total / tokens, rel=1e-5)
-    assert result.accuracy == right / len(task.test)
+    assert result.accuracy == right / len(task.test) and result.token_accuracy == pytest.approx(hits / tokens)
     assert result.delta_error == pytest.approx(report.error) and result.parameters == report.parameters
 
 
