@@ -14,7 +14,7 @@ import sys
 import sysconfig
 import unicodedata
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,8 +55,8 @@ _JSON_EXAMPLES = 3000
 def make_study(folder: Path, steps: int, seed: int) -> None:
     """Write ``model/`` and ``tasks/`` into ``folder``."""
     trees = [tree for path in library_files() if (tree := _parse(path)) is not None]
-    docstrings = "\n\n".join(text for tree in trees for text in _docstrings(tree))
-    tokenizer = _train_tokenizer(docstrings)
+    docstrings = [text for tree in trees for text in _docstrings(tree)]
+    tokenizer = _train_tokenizer("\n\n".join(docstrings))
     tasks = folder / "tasks"
     tasks.mkdir(parents=True, exist_ok=True)
     code = "\n\n".join(map(_without_docstrings, trees))[:_CODE_CHARACTERS]
@@ -116,14 +116,15 @@ def _train_tokenizer(text: str) -> "PreTrainedTokenizerFast":
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=_EOS, pad_token=_EOS)
 
 
-def _pretrain(tokenizer: "PreTrainedTokenizerFast", text: str, steps: int, seed: int) -> "LlamaForCausalLM":
+def _pretrain(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str], steps: int, seed: int) -> "LlamaForCausalLM":
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
     end = tokenizer.eos_token_id
     config = LlamaConfig(vocab_size=VOCABULARY, bos_token_id=end, eos_token_id=end, pad_token_id=end, **SHAPE)
     model = LlamaForCausalLM(config)
-    ids = tokenizer(text, verbose=False)["input_ids"]
+    # The end token is trained, too: adapters cannot teach it where the embedding is tied and frozen.
+    ids = [token for text in texts for token in (*tokenizer(text, verbose=False)["input_ids"], end)]
     pieces = [Example(tuple(ids[i : i + _SEQUENCE]), 1) for i in range(0, len(ids) - _SEQUENCE, _SEQUENCE)]
     print(f"{len(ids):,} tokens, {model.num_parameters():,} parameters", flush=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, weight_decay=0.1)
