@@ -17,25 +17,33 @@ from sglang.srt.model_loader.loader import DefaultModelLoader
 from sglang.srt.runtime_context import SpawnRanks, create_context, get_lora, use_context
 from sglang.srt.server_args import ServerArgs
 
-from bdlora_kernels import DeviceSlots, SlotSize
+from bdlora_kernels import SlotSize
 from bdlora_sglang.errors import BDLoRAError
 from bdlora_sglang.serving.checks import resolve
 from bdlora_sglang.serving.feature import check_features
 from bdlora_sglang.serving.features import FEATURES
+from bdlora_sglang.serving.kernels import BatchLimits, LayerShape
+from bdlora_sglang.serving.limits import batch_limits
 from bdlora_sglang.serving.local_adapter import LocalAdapter
 from bdlora_sglang.serving.manager import BDLoRAManager
 from bdlora_sglang.serving.options import ServingOptions
+from bdlora_sglang.serving.triton_kernels import TritonKernels
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Of the rank that takes the most, in bytes. ``kv_token_bytes`` is None for a cache that is no K and V a head."""
+    """Of the rank that takes the most, in bytes; ``scratch_bytes`` and the tables of batches of ``batch_tokens``.
+
+    ``kv_token_bytes`` is None for a cache that is no K and V a head.
+    """
 
     tp_size: int
     num_slots: int
     slot_bytes: int
+    scratch_bytes: int
     weight_bytes: int
     kv_token_bytes: int | None
+    batch_tokens: int
     adapters: Sequence[LocalAdapter]
 
     @property
@@ -45,12 +53,14 @@ class MemoryPlan:
     def kv_tokens(self, budget_bytes: float) -> int:
         """Tokens of KV cache that are left of what a GPU gives for weights, slots and cache."""
         assert self.kv_token_bytes is not None
-        return max(0, int((budget_bytes - self.weight_bytes - self.pool_bytes) // self.kv_token_bytes))
+        return max(
+            0, int((budget_bytes - self.weight_bytes - self.pool_bytes - self.scratch_bytes) // self.kv_token_bytes)
+        )
 
     def slots_that_fit(self, budget_bytes: float, kv_tokens: int) -> int:
         """The most slots that leave so many tokens of KV cache."""
         assert self.kv_token_bytes is not None
-        left = budget_bytes - self.weight_bytes - kv_tokens * self.kv_token_bytes
+        left = budget_bytes - self.weight_bytes - self.scratch_bytes - kv_tokens * self.kv_token_bytes
         return max(0, int(left // self.slot_bytes)) if self.slot_bytes else 0
 
 
@@ -64,17 +74,24 @@ def plan_memory(server_args: ServerArgs, options: ServingOptions) -> MemoryPlan:
         server_args.check_server_args()
     except (AssertionError, ValueError) as error:
         raise BDLoRAError(f"SGLang refuses its arguments: {error}") from error
-    ranks = [_plan_rank(server_args, options, config, rank) for rank in range(server_args.tp_size)]
+    try:
+        ranks = [_plan_rank(server_args, options, config, rank) for rank in range(server_args.tp_size)]
+    except AssertionError as error:  # how SGLang refuses arguments of LoRA
+        raise BDLoRAError(f"SGLang refuses its arguments: {error}") from error
     sizes = {name: _largest([rank.slot_sizes[name] for rank in ranks]) for name in ranks[0].slot_sizes}
     first = ranks[0]
     num_slots = first.manager.max_loras_per_batch
-    slots = DeviceSlots(num_slots, sizes, first.manager.dtype, torch.device("meta"), pin_memory=False)
+    # On a GPU these are the kernels, and on the meta device they take no memory.
+    kernels = TritonKernels(torch.device("meta"), num_slots)
+    slots = kernels.allocate(num_slots, sizes, first.manager.dtype)
     return MemoryPlan(
         tp_size=server_args.tp_size,
         num_slots=num_slots,
         slot_bytes=slots.slot_bytes,
+        scratch_bytes=kernels.reserve(dict.fromkeys(sizes, LayerShape(0, 0)), first.limits),
         weight_bytes=max(rank.weight_bytes for rank in ranks),
         kv_token_bytes=_kv_token_bytes(config, server_args),
+        batch_tokens=first.limits.tokens,
         adapters=max((list(rank.manager.loras.values()) for rank in ranks), key=_num_bytes),
     )
 
@@ -83,6 +100,7 @@ def plan_memory(server_args: ServerArgs, options: ServingOptions) -> MemoryPlan:
 class _Rank:
     manager: "_PlanningManager"
     weight_bytes: int
+    limits: BatchLimits
 
     @property
     def slot_sizes(self) -> Mapping[str, SlotSize]:
@@ -136,7 +154,7 @@ def _plan_rank(server_args: ServerArgs, options: ServingOptions, config: Any, ra
             lora_paths=get_lora().lora_paths,
             options=options,
         )
-    return _Rank(manager, weight_bytes)
+        return _Rank(manager, weight_bytes, batch_limits())
 
 
 def _kv_token_bytes(config: Any, server_args: ServerArgs) -> int | None:

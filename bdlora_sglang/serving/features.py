@@ -56,6 +56,12 @@ FEATURES: tuple[Feature, ...] = (
         requests="`/update_weights_from_disk`, `/update_weights_from_tensor`",
     ),
     Feature(
+        "refusing adapters with tensors that would be skipped",
+        SERVED,
+        "test_served_features.py::test_strict_loading_refuses_what_would_be_skipped",
+        off={"lora_strict_loading": False},
+    ),
+    Feature(
         "JSON schemas, regular expressions, tools",
         SERVED,
         "api/test_grammar.py",
@@ -87,7 +93,7 @@ FEATURES: tuple[Feature, ...] = (
         "deterministic inference",
         NEEDS_GPU,
         _ON_CPU,
-        f"{_SGL_KERNEL}; not run yet",
+        f"{_SGL_KERNEL}; not run yet; ours are batch-invariant then",
         off={"enable_deterministic_inference": False},
     ),
     Feature(

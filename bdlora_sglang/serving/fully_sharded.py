@@ -13,8 +13,8 @@ from sglang.srt.distributed.utils import get_group_rank_size
 from sglang.srt.layers.linear import RowParallelLinear
 from sglang.srt.runtime_context import get_parallel
 
-from bdlora_kernels import BatchedFactors, LayerFactors, PlannedSlice, SlotSize, plan_layer
-from bdlora_kernels.batched import expand, shrink
+from bdlora_kernels import EagerFactors, LayerFactors, PlannedSlice, SlotSize, plan_layer
+from bdlora_kernels.eager import expand, shrink
 from bdlora_kernels.layout import align
 from bdlora_sglang.adapter import Adapter, LoRAModule
 from bdlora_sglang.adapter.fully_sharded import read_column_parallel, read_row_parallel
@@ -61,7 +61,7 @@ class FullySharded:
         kernels: Kernels,
         segments: Any,
     ) -> torch.Tensor:
-        assert isinstance(factors, BatchedFactors)
+        assert isinstance(factors, EagerFactors)
         y_TO = base()
         # Of the same shape on all ranks, so all of them leave here or none.
         h_TW = shrink(x_TI, factors, segments)

@@ -9,8 +9,8 @@ import torch
 from sglang.srt.utils import is_pin_memory_available
 
 from bdlora_kernels import (
-    BatchedFactors,
-    BatchedSlots,
+    EagerFactors,
+    EagerSlots,
     HostBlock,
     LayerFactors,
     PackedAdapter,
@@ -27,7 +27,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class Slots(Protocol):
-    """The slots of a pool, all layers together: `DeviceSlots` or `BatchedSlots`."""
+    """The slots of a pool, all layers together: `DeviceSlots` or `EagerSlots`."""
 
     @property
     def layers(self) -> Mapping[str, LayerFactors]:
@@ -130,7 +130,7 @@ class TorchKernels:
         self._last: tuple[Any, Any] = None, None
 
     def allocate(self, num_slots: int, sizes: Mapping[str, SlotSize], dtype: torch.dtype) -> Slots:
-        return BatchedSlots(num_slots, sizes, dtype, self._device, pins_memory(self._device))
+        return EagerSlots(num_slots, sizes, dtype, self._device, pins_memory(self._device))
 
     def reserve(self, shapes: Mapping[str, LayerShape], batch: BatchLimits) -> int:
         return 0
@@ -155,7 +155,7 @@ class TorchKernels:
     def forward_with_base(
         self, base: Callable[[], torch.Tensor], outputs: int, x_TI: torch.Tensor, factors: LayerFactors, segments: Any
     ) -> torch.Tensor:
-        assert isinstance(factors, BatchedFactors)
+        assert isinstance(factors, EagerFactors)
         y_TO = base()
         add_lora_delta(y_TO, x_TI, factors, segments)
         return y_TO
@@ -163,7 +163,7 @@ class TorchKernels:
     def add_embedding_delta(
         self, y_TO: torch.Tensor, ids_T: torch.Tensor, first_id: int, factors: LayerFactors, segments: Any
     ) -> None:
-        assert isinstance(factors, BatchedFactors)
+        assert isinstance(factors, EagerFactors)
         add_embedding_delta(y_TO, ids_T, first_id, factors, segments)
 
 

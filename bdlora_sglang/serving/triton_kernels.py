@@ -156,5 +156,6 @@ class _DeviceBatch:
 def _device_bytes(*holders: Any) -> int:
     """Bytes of all tensors that are attributes of ``holders``, views and what they share counted once."""
     tensors = [value for holder in holders for value in vars(holder).values() if isinstance(value, torch.Tensor)]
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    # Not by address: on the meta device there is none.
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())

@@ -43,7 +43,8 @@ def print_memory_plan(
         console.print(adapter_table(plan.adapters, plan.tp_size))
     console.print(
         f"On each of {plan.tp_size} GPUs: {format_bytes(plan.weight_bytes)} of weights, and {plan.num_slots} slots of "
-        f"{format_bytes(plan.slot_bytes)}: {format_bytes(plan.pool_bytes)} ({plan.pool_bytes} bytes)."
+        f"{format_bytes(plan.slot_bytes)}: {format_bytes(plan.pool_bytes)} ({plan.pool_bytes} bytes), and "
+        f"{format_bytes(plan.scratch_bytes)} of scratch for batches of {plan.batch_tokens} tokens."
     )
     if plan.kv_token_bytes is None:
         console.print("KV cache: not worked out for this model's kind of attention.")

@@ -7,32 +7,41 @@ from typing import Annotated
 
 import typer
 
-from bdlora_cli.perf_output import SYNTHETIC, check_output, make_synthetic_model, print_report
+from bdlora_cli.perf_output import (
+    SYNTHETIC,
+    Force,
+    HiddenSize,
+    Layers,
+    Model,
+    Output,
+    Seed,
+    ServerFlags,
+    Systems,
+    Work,
+    check_output,
+    finish,
+    model_folder,
+)
 from bdlora_sglang.errors import BDLoRAError
-from bdlora_sglang.model_names import resolve_model
 
 
 def collectives(
-    server_flags: Annotated[
-        list[str] | None, typer.Argument(metavar="[-- FLAGS...]", help="Flags of bdlora launch, for every server.")
-    ] = None,
-    model: Annotated[
-        str, typer.Option(help=f"Path, repo id or short name; '{SYNTHETIC}': a random Llama made on the fly.")
-    ] = SYNTHETIC,
-    hidden_size: Annotated[int, typer.Option(min=1, help="Of the synthetic model.")] = 512,
-    layers: Annotated[int, typer.Option(min=1, help="Of the synthetic model.")] = 4,
+    server_flags: ServerFlags = None,
+    model: Model = SYNTHETIC,
+    hidden_size: HiddenSize = 512,
+    layers: Layers = 4,
     tp: Annotated[int, typer.Option(min=2, help="TP degree.")] = 2,
-    systems: Annotated[list[str] | None, typer.Option(help="Systems to start, comma or repeat; default: all.")] = None,
+    systems: Systems = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences of the batch, each with an adapter.")] = 8,
     input_len: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 32,
     decode_steps: Annotated[int, typer.Option(min=1, help="Decode forwards of a round.")] = 8,
     rank: Annotated[int, typer.Option(min=1, help="r, the rank of plain LoRA.")] = 16,
     dtype: Annotated[str | None, typer.Option(help="Of the server. Default: float32 on a CPU, else bfloat16.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Profiles of each system.")] = 5,
-    seed: Annotated[int, typer.Option(help="Of the model and the adapters.")] = 0,
-    output: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("perf-collectives"),
-    work: Annotated[Path, typer.Option(help="Folder for models, adapters and logs, used again.")] = Path(".perf"),
-    force: Annotated[bool, typer.Option("--force", help="Replace a report in the folder.")] = False,
+    seed: Seed = 0,
+    output: Output = Path("perf-collectives"),
+    work: Work = Path(".perf"),
+    force: Force = False,
 ) -> None:
     """Count and weigh the collectives of one forward pass in running servers, and time each size on this machine.
 
@@ -44,14 +53,13 @@ def collectives(
     from rich.console import Console
 
     from bdlora_perf.collectives.measure import CollectivesOptions, measure_collectives
-    from bdlora_perf.report.render import write_report
     from bdlora_perf.serve.systems import choose_systems
 
     has_gpu = torch.accelerator.is_available()
     dtype = dtype or ("bfloat16" if has_gpu else "float32")
     if dtype not in ("float32", "bfloat16", "float16"):
         raise BDLoRAError(f"--dtype: found {dtype!r}, expected float32, bfloat16 or float16")
-    path = make_synthetic_model(work, hidden_size, layers, seed) if model == SYNTHETIC else resolve_model(model)
+    path = model_folder(model, work, hidden_size, layers, seed)
     options = CollectivesOptions(
         model=path,
         tp=tp,
@@ -70,5 +78,4 @@ def collectives(
     console = Console()
     with console.status("preparing") as status:
         report = measure_collectives(options, status.update)
-    paths = write_report(report, output)
-    print_report(console, report, paths)
+    finish(console, report, output)

@@ -7,9 +7,23 @@ from typing import Annotated
 
 import typer
 
-from bdlora_cli.perf_output import SYNTHETIC, check_output, make_synthetic_model, print_report
+from bdlora_cli.perf_output import (
+    SYNTHETIC,
+    Before,
+    Force,
+    HiddenSize,
+    Layers,
+    Model,
+    Output,
+    Seed,
+    ServerFlags,
+    Work,
+    check_output,
+    finish,
+    flags_beside_others,
+    model_folder,
+)
 from bdlora_sglang.errors import BDLoRAError
-from bdlora_sglang.model_names import resolve_model
 
 _TP = (1, 2, 4)
 _DTYPES = ("float32", "bfloat16")
@@ -17,15 +31,10 @@ _REQUESTS = (1, 4, 8, 32)
 
 
 def engine(
-    server_flags: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[-- FLAGS...]", help="Flags of bdlora launch, for every server; absolute paths."),
-    ] = None,
-    model: Annotated[
-        str, typer.Option(help=f"Path, repo id or short name; '{SYNTHETIC}': a random Llama made on the fly.")
-    ] = SYNTHETIC,
-    hidden_size: Annotated[int, typer.Option(min=1, help="Of the synthetic model.")] = 1024,
-    layers: Annotated[int, typer.Option("--layers", "--num-layers", min=1, help="Of the synthetic model.")] = 4,
+    server_flags: ServerFlags = None,
+    model: Model = SYNTHETIC,
+    hidden_size: HiddenSize = 1024,
+    layers: Layers = 4,
     tp: Annotated[list[int] | None, typer.Option(min=1, help="TP degree; repeatable. Default: 1, 2 and 4.")] = None,
     dtype: Annotated[
         list[str] | None, typer.Option(help="Of the servers; repeatable. Default: float32 and bfloat16.")
@@ -38,13 +47,11 @@ def engine(
     input_len: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 64,
     decode_steps: Annotated[int, typer.Option(min=1, help="Decode steps of a batch.")] = 32,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each system at each point.")] = 5,
-    before: Annotated[
-        Path | None, typer.Option(metavar="CHECKOUT", help="Another checkout of this project, to measure beside it.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of the model, the adapters and the prompts.")] = 0,
-    output: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("perf-engine"),
-    work: Annotated[Path, typer.Option(help="Folder for models, adapters and logs, used again.")] = Path(".perf"),
-    force: Annotated[bool, typer.Option("--force", help="Replace a report in the folder.")] = False,
+    before: Before = None,
+    seed: Seed = 0,
+    output: Output = Path("perf-engine"),
+    work: Work = Path(".perf"),
+    force: Force = False,
 ) -> None:
     """Time a decode step and a prefill in running servers: base model and BD-LoRA, now and in another checkout.
 
@@ -59,22 +66,16 @@ def engine(
     from bdlora_perf.engine.bandwidth import shape_of
     from bdlora_perf.engine.measure import measure_engine
     from bdlora_perf.engine.plan import ITEM_BYTES, LORA, EngineOptions
-    from bdlora_perf.engine.report import INTERRUPTED
-    from bdlora_perf.report.render import write_report
 
     tps, dtypes = list(dict.fromkeys(tp or _TP)), list(dict.fromkeys(dtype or _DTYPES))
     for name in dtypes:
         if name not in ITEM_BYTES:
             raise BDLoRAError(f"--dtype: found {name!r}, expected one of {', '.join(ITEM_BYTES)}")
-    path = make_synthetic_model(work, hidden_size, layers, seed) if model == SYNTHETIC else resolve_model(model)
+    path = model_folder(model, work, hidden_size, layers, seed)
     shape = shape_of(path)
     for degree in tps:
         shape.check_tp(degree)
         LORA.adapter(rank, degree)
-    flags = list(server_flags or ())
-    if not torch.accelerator.is_available() and "--mem-fraction-static" not in flags:
-        # SGLang takes what the servers beside it have allocated for its own.
-        flags = ["--mem-fraction-static", "0.9", *flags]
     options = EngineOptions(
         model=path,
         shape=shape,
@@ -88,16 +89,11 @@ def engine(
         rounds=rounds,
         seed=seed,
         before=before,
-        server_flags=flags,
+        server_flags=flags_beside_others(server_flags, torch.accelerator.is_available()),
         work=work,
         command=shlex.join(["bdlora", *sys.argv[1:]]),
     )
     console = Console()
     with console.status("preparing") as status:
         report = measure_engine(options, status.update)
-    print_report(console, report, write_report(report, output))
-    if any(note.startswith(INTERRUPTED) for note in report.notes):
-        raise typer.Exit(130)
-    if report.failures:
-        first = report.failures[0]
-        raise BDLoRAError(f"found {len(report.failures)} failures, expected none; the first: {first.message}")
+    finish(console, report, output)

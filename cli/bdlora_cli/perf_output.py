@@ -1,27 +1,50 @@
-"""What the commands of ``bdlora perf`` share: the model that they serve, and the report that they write."""
+"""What the commands of ``bdlora perf`` share: options, the model that they serve, and the report that they write."""
 
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
 from bdlora_sglang.errors import BDLoRAError
+from bdlora_sglang.model_names import resolve_model
 
 if TYPE_CHECKING:
     from bdlora_perf.report.schema import Report
 
 SYNTHETIC = "synthetic"
 
+ServerFlags = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[-- FLAGS...]", help="Flags of bdlora launch, for every server; absolute paths."),
+]
+Model = Annotated[
+    str, typer.Option(help=f"Path, repo id or short name; '{SYNTHETIC}': a random Llama made on the fly.")
+]
+HiddenSize = Annotated[int, typer.Option(min=1, help="Of the synthetic model.")]
+Layers = Annotated[int, typer.Option("--layers", "--num-layers", min=1, help="Of the synthetic model.")]
+Systems = Annotated[list[str] | None, typer.Option(help="Systems to start, comma or repeat; default: all.")]
+Before = Annotated[
+    Path | None, typer.Option(metavar="CHECKOUT", help="Another checkout of this project, to measure beside it.")
+]
+Seed = Annotated[int, typer.Option(help="Of the model, the adapters, the prompts and their order.")]
+Output = Annotated[Path, typer.Option(help="Folder for the report.")]
+Work = Annotated[Path, typer.Option(help="Folder for models, adapters and logs, used again.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace a report in the folder.")]
 
-def make_synthetic_model(work: Path, hidden_size: int, layers: int, seed: int) -> str:
-    """The folder of a random Llama; servers that are started from now on import no other model.
+
+def model_folder(model: str, work: Path, hidden_size: int, layers: int, seed: int) -> str:
+    """Folder or repo id of a model; of a random Llama's, servers that are started from now on import no other model.
 
     Raises:
-        BDLoRAError: the hidden size does not fit the heads, or the model cannot be written.
+        BDLoRAError: no such model, the hidden size does not fit the heads, or the model cannot be written.
     """
+    if model != SYNTHETIC:
+        return resolve_model(model)
     from bdlora_perf.serve.adapters import synthetic_model
     from bdlora_perf.server_process import only_models
 
@@ -46,6 +69,29 @@ def check_output(folder: Path, force: bool) -> None:
         raise BDLoRAError(
             f"--output {folder}: found {error.strerror}, expected a folder that can be written"
         ) from error
+
+
+def flags_beside_others(flags: Sequence[str] | None, has_gpu: bool) -> list[str]:
+    """Flags of servers that are up together: on a CPU, SGLang takes what the others have allocated for its own."""
+    given = list(flags or ())
+    return given if has_gpu or "--mem-fraction-static" in given else ["--mem-fraction-static", "0.9", *given]
+
+
+def finish(console: Console, report: "Report", output: Path, *, all_must_be_measured: bool = True) -> None:
+    """Write and print a report, and end the command with exit code 130 where it was interrupted.
+
+    Raises:
+        BDLoRAError: something failed, though all must be measured.
+    """
+    from bdlora_perf.report.render import write_report
+    from bdlora_perf.report.run import was_interrupted
+
+    print_report(console, report, write_report(report, output))
+    if was_interrupted(report):
+        raise typer.Exit(130)
+    if report.failures and all_must_be_measured:
+        first = report.failures[0]
+        raise BDLoRAError(f"found {len(report.failures)} failures, expected none; the first: {first.message}")
 
 
 def print_report(console: Console, report: "Report", paths: list[Path]) -> None:

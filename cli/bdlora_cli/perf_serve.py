@@ -11,7 +11,21 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from bdlora_cli.perf_output import SYNTHETIC, check_output, make_synthetic_model, print_report
+from bdlora_cli.perf_output import (
+    SYNTHETIC,
+    Force,
+    HiddenSize,
+    Layers,
+    Output,
+    Seed,
+    ServerFlags,
+    Systems,
+    Work,
+    check_output,
+    finish,
+    flags_beside_others,
+    model_folder,
+)
 from bdlora_perf.serve.trace import read_trace
 from bdlora_perf.serve.workload import DISTRIBUTIONS, PRESETS, Distribution, Preset
 from bdlora_sglang.errors import BDLoRAError
@@ -34,17 +48,15 @@ Presets:
 
 
 def serve(
-    server_flags: Annotated[
-        list[str] | None, typer.Argument(metavar="[-- FLAGS...]", help="Flags of bdlora launch, for every server.")
-    ] = None,
+    server_flags: ServerFlags = None,
     preset: Annotated[str, typer.Option(help="What to start from; every other option overrides it.")] = "default",
     model: Annotated[
         str | None, typer.Option(help=f"Path, repo id or short name; '{SYNTHETIC}': a random Llama made on the fly.")
     ] = None,
-    hidden_size: Annotated[int, typer.Option(min=1, help="Of the synthetic model.")] = 512,
-    layers: Annotated[int, typer.Option(min=1, help="Of the synthetic model.")] = 4,
+    hidden_size: HiddenSize = 512,
+    layers: Layers = 4,
     tp: Annotated[int | None, typer.Option(min=1, help="TP degree.")] = None,
-    systems: Annotated[list[str] | None, typer.Option(help="Systems to start, comma or repeat; default: all.")] = None,
+    systems: Systems = None,
     param_ratio: Annotated[
         list[float] | None, typer.Option(help="Also BD-LoRA of at most so many times LoRA's parameters; repeatable.")
     ] = None,
@@ -82,7 +94,7 @@ def serve(
         list[str] | None, typer.Option(metavar="NAME:MS", help="Bounds (ttft, tpot, e2el) a good request meets.")
     ] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Runs of each point on each system.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the models, adapters, prompts and arrivals.")] = 0,
+    seed: Seed = 0,
     dtype: Annotated[
         str | None, typer.Option(help="Of every server. Default: float32 on a CPU, else bfloat16.")
     ] = None,
@@ -94,9 +106,9 @@ def serve(
             help="All servers up at once, or one at a time. Default: kept on a CPU, restarted on a GPU.",
         ),
     ] = None,
-    output: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("perf-serve"),
-    work: Annotated[Path, typer.Option(help="Folder for models, adapters and logs, used again.")] = Path(".perf"),
-    force: Annotated[bool, typer.Option("--force", help="Replace a report in the folder.")] = False,
+    output: Output = Path("perf-serve"),
+    work: Work = Path(".perf"),
+    force: Force = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted sweep in the folder.")] = False,
 ) -> None:
     chosen = _preset(preset)
@@ -130,7 +142,7 @@ def serve(
         raise BDLoRAError(f"--start: found {sorted(unknown)[0]!r}, expected vllm")
     model = model or (chosen.model if starts_servers else None)
     if model not in (None, SYNTHETIC):
-        model = resolve_model(str(model))
+        model = resolve_model(model)
     before = _before(output) if resume else None
     check_output(output, force or resume)
 
@@ -147,13 +159,9 @@ def serve(
     started += VLLM_SYSTEMS if start else ()
     if taken := {system.name for system in started} & set(urls):
         raise BDLoRAError(f"--url: found the name {sorted(taken)[0]!r}, which a system has, expected another")
-    flags = list(server_flags or ())
     if model == SYNTHETIC:
-        model = make_synthetic_model(work, hidden_size, layers, seed)
+        model = model_folder(model, work, hidden_size, layers, seed)
     keep_servers = not has_gpu if keep_servers is None else keep_servers
-    if keep_servers and not has_gpu and "--mem-fraction-static" not in flags:
-        # SGLang takes what the servers beside it have allocated for its own.
-        flags = ["--mem-fraction-static", "0.9", *flags]
     options = ServeOptions(
         model=model,
         tp=tp or chosen.tp,
@@ -165,7 +173,7 @@ def serve(
         keep_servers=keep_servers,
         # SGLang would serve a float32 model in float16, which CPUs are slow at.
         dtype=dtype or ("bfloat16" if has_gpu else "float32"),
-        server_flags=flags,
+        server_flags=flags_beside_others(server_flags, has_gpu or not keep_servers),
         seed=seed,
         # vLLM and servers of another checkout run elsewhere.
         work=work.resolve(),
@@ -196,9 +204,8 @@ def _before(output: Path) -> "Report":
 
 
 def _measure(options: "ServeOptions", output: Path, before: "Report | None") -> None:
-    from bdlora_perf.report.render import write_report
     from bdlora_perf.report.schema import save_report
-    from bdlora_perf.serve.benchmark import INTERRUPTED, run_benchmark
+    from bdlora_perf.serve.benchmark import run_benchmark
     from bdlora_perf.serve.report import main_baseline_failures
 
     console = Console()
@@ -206,9 +213,7 @@ def _measure(options: "ServeOptions", output: Path, before: "Report | None") -> 
     with Progress(*columns, TimeRemainingColumn(), console=console, refresh_per_second=1) as progress:
         watcher = _ProgressWatcher(progress, options.num_turns)
         report = run_benchmark(options, watcher, before, lambda partial: save_report(partial, output))
-    print_report(console, report, write_report(report, output))
-    if any(note.startswith(INTERRUPTED) for note in report.notes):
-        raise typer.Exit(130)
+    finish(console, report, output, all_must_be_measured=False)
     if failures := main_baseline_failures(report):
         raise BDLoRAError(
             f"{failures[0].system}, the main baseline: found {failures[0].message}, expected it to be measured"

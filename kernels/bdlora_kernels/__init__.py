@@ -3,9 +3,9 @@
 What runs Triton is in `bdlora_kernels.launch`, which this package does not import.
 """
 
-from bdlora_kernels.batched import BatchedFactors, add_lora_delta
-from bdlora_kernels.batched_slots import BatchedSlots
 from bdlora_kernels.device_slots import DeviceFactors, DeviceSlots
+from bdlora_kernels.eager import EagerFactors, add_lora_delta
+from bdlora_kernels.eager_slots import EagerSlots
 from bdlora_kernels.embedding import add_embedding_delta
 from bdlora_kernels.layout import LayerFactors, PackedFactors, Slice
 from bdlora_kernels.packing import (
@@ -23,10 +23,10 @@ from bdlora_kernels.slot_size import SlotSize
 from bdlora_kernels.tables import SegmentTable, SliceTables
 
 __all__ = [
-    "BatchedFactors",
-    "BatchedSlots",
     "DeviceFactors",
     "DeviceSlots",
+    "EagerFactors",
+    "EagerSlots",
     "HostBlock",
     "LayerFactors",
     "LayerPlan",

@@ -73,13 +73,20 @@ def _part(size: int) -> Any:
     return start, min(size, start + chunk)
 
 
-@njit(fastmath=_FASTMATH)  # type: ignore[untyped-decorator]
-def _shrink(args: Any, a_E: Any) -> None:
-    """``h[0, t, h_start + r] = x[t, inputs] @ A[r]`` for the tokens t of each segment and the slices of its slot."""
+@njit  # type: ignore[untyped-decorator]
+def _tables(args: Any) -> Any:
+    """The batch's segments and the places of their tokens; the slots' slices, and how many each slot has."""
     segments = carray(_pointer(args.segments), (args.num_segments,), SEGMENT)
     places = carray(_pointer(args.places), (args.num_places,), np.int64)
     entries = carray(_pointer(args.entries), (args.num_slots, args.capacity), ENTRY)
     counts = carray(_pointer(args.counts), (args.num_slots,), np.int64)
+    return segments, places, entries, counts
+
+
+@njit(fastmath=_FASTMATH)  # type: ignore[untyped-decorator]
+def _shrink(args: Any, a_E: Any) -> None:
+    """``h[0, t, h_start + r] = x[t, inputs] @ A[r]`` for the tokens t of each segment and the slices of its slot."""
+    segments, places, entries, counts = _tables(args)
     x = carray(_pointer(args.rows), (args.num_tokens * args.row_stride,), np.float32)
     h = carray(_pointer(args.h), (args.num_tokens * args.h_size,), np.float32)
     for segment in segments:
@@ -118,10 +125,7 @@ def _shrink(args: Any, a_E: Any) -> None:
 @njit(fastmath=_FASTMATH)  # type: ignore[untyped-decorator]
 def _expand(args: Any, b_E: Any) -> None:
     """``y[t, outputs] += scaling * sum over n, r of h[n, t, h_start + r] * B[n * rank + r]``; B is ``(N * R, O)``."""
-    segments = carray(_pointer(args.segments), (args.num_segments,), SEGMENT)
-    places = carray(_pointer(args.places), (args.num_places,), np.int64)
-    entries = carray(_pointer(args.entries), (args.num_slots, args.capacity), ENTRY)
-    counts = carray(_pointer(args.counts), (args.num_slots,), np.int64)
+    segments, places, entries, counts = _tables(args)
     y = carray(_pointer(args.rows), (args.num_tokens * args.row_stride,), np.float32)
     h = carray(_pointer(args.h), (args.gathered * args.num_tokens * args.h_size,), np.float32)
     first, last = _part(args.row_size)

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 
 import torch
 
-from bdlora_kernels.batched import BatchedFactors, expand, shrink_width
+from bdlora_kernels.eager import EagerFactors, expand, shrink_width
 from bdlora_kernels.segments import TokenBatch
 
 
 def add_embedding_delta(
-    y_TO: torch.Tensor, ids_T: torch.Tensor, first_id: int, factors: BatchedFactors, batch: TokenBatch
+    y_TO: torch.Tensor, ids_T: torch.Tensor, first_id: int, factors: EagerFactors, batch: TokenBatch
 ) -> None:
     """``y[t] += scaling * A[:, ids[t] - first_id] @ B.T`` in place, for each token t whose slot holds something here.
 

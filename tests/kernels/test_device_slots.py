@@ -10,8 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bdlora_kernels import (
-    BatchedSlots,
     DeviceSlots,
+    EagerSlots,
     HostBlock,
     LayerPlan,
     PackedAdapter,
@@ -75,7 +75,7 @@ def sizes(*adapters: Layers) -> dict[str, SlotSize]:
     return found
 
 
-def staged(slots: DeviceSlots | BatchedSlots, layers: Layers) -> PackedAdapter:
+def staged(slots: DeviceSlots | EagerSlots, layers: Layers) -> PackedAdapter:
     adapter = pack_adapter(plans(layers), slots.host_block)
     slots.describe(adapter)
     return adapter
@@ -166,7 +166,7 @@ def test_slots_are_as_large_as_their_layers() -> None:
     assert slots.slot_bytes == 4 * elements + adapter.block.table_F.nbytes
 
 
-@pytest.mark.parametrize("slots_class", [DeviceSlots, BatchedSlots])
+@pytest.mark.parametrize("slots_class", [DeviceSlots, EagerSlots])
 def test_more_ranks_than_there_is_room_for(slots_class: Any) -> None:
     small, large = random_layers(2, NAMES[:1], 0), random_layers(3, NAMES[:1], 0)
     slots = slots_class(SLOTS, sizes(small), torch.float32, CPU, False)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bdlora_kernels import BatchedFactors, UnpackedSlice, add_embedding_delta, group_tokens, pack
+from bdlora_kernels import EagerFactors, UnpackedSlice, add_embedding_delta, group_tokens, pack
 
 HIDDEN = 12
 
@@ -13,7 +13,7 @@ HIDDEN = 12
 def test_equals_dense(lengths: list[int], window: range) -> None:
     """Slots of several ranks, an empty one, and the base model; a rank's tokens alone."""
     generator = torch.Generator().manual_seed(0)
-    factors = BatchedFactors.allocate(3, 400, 200, torch.float32, torch.device("cpu"))
+    factors = EagerFactors.allocate(3, 400, 200, torch.float32, torch.device("cpu"))
     dense = torch.zeros(4, 40, HIDDEN, dtype=torch.float64)  # the last: no slot
     for slot, (rank, scaling) in {0: (3, 2.0), 2: (5, 0.25)}.items():
         a, b = torch.randn(rank, 40, generator=generator), torch.randn(HIDDEN, rank, generator=generator)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.kernels.test_batched import SEGMENTS, SLICES, SLOTS
+from tests.kernels.test_eager import SEGMENTS, SLICES, SLOTS
 from tests.kernels.triton_support import (
     DEVICE,
     OVERLAP,

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from tests.kernels.test_batched import BASE, DTYPES, INPUTS, OUTPUTS, SEGMENTS, SLICES, SLOTS, Window, whole
+from tests.kernels.test_eager import BASE, DTYPES, INPUTS, OUTPUTS, SEGMENTS, SLICES, SLOTS, Window, whole
 from tests.kernels.triton_support import (
     CONFIGURATIONS,
     DEVICE,

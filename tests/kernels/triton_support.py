@@ -14,7 +14,7 @@ import torch
 from bdlora_kernels import LayerFactors, UnpackedSlice
 from bdlora_kernels.configurations import Configuration, device_configurations
 from bdlora_kernels.tables import SegmentTable, SliceTables
-from tests.kernels.test_batched import Window, dense, fill_slots, make_packed, slot_elements
+from tests.kernels.test_eager import Window, dense, fill_slots, make_packed, slot_elements
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 RUNNABLE = INTERPRETED or torch.cuda.is_available()

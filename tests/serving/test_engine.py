@@ -216,6 +216,7 @@ def test_a_dry_run_counts_the_same_slots(case: Case) -> None:
     layers, heads = case.reference.config.num_hidden_layers, case.reference.config.num_key_value_heads
     token_bytes = layers * max(1, heads // case.tp) * 2 * case.reference.config.head_dim * 4
     assert f"KV cache: {format_bytes(token_bytes)} a token." in output.stdout
+    assert "of scratch for batches of" in output.stdout
     assert "tokens of KV cache. With half as many" in output.stdout
 
 

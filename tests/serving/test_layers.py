@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bdlora_kernels import BatchedFactors, HostBlock, PackedFactors, SlotSize, group_tokens
+from bdlora_kernels import EagerFactors, HostBlock, PackedFactors, SlotSize, group_tokens
 from bdlora_sglang.adapter import Adapter
 from tests.serving.zoo import Zoo
 
@@ -115,7 +115,7 @@ def test_row_parallel_partial_sums(zoo: Zoo, as_rank: Any, tp: int, nblocks: int
     torch.testing.assert_close(total, expected, atol=1e-4, rtol=1e-5)
 
 
-def assert_fits(slot: SlotSize, factors: BatchedFactors) -> None:
+def assert_fits(slot: SlotSize, factors: EagerFactors) -> None:
     """A slot for adapters of this rank takes what the rank holds of one."""
     needed = SlotSize.of(PackedFactors(factors.a_SE[0], factors.b_SE[0], factors.slices[0]))
     assert slot.fits(needed), (slot, needed)
@@ -139,7 +139,7 @@ def _forward(adapter: Adapter, kind: str, layer: torch.nn.Module, x: torch.Tenso
     return wrapped(x)[0]
 
 
-def _local_factors(adapter: Adapter, kind: str, layer: torch.nn.Module, sharding: Any) -> BatchedFactors:
+def _local_factors(adapter: Adapter, kind: str, layer: torch.nn.Module, sharding: Any) -> EagerFactors:
     """The factors of the first layer that this rank holds, in slot 0 of a pool."""
     from bdlora_sglang.serving.local_adapter import plan_adapter, read_adapter
     from bdlora_sglang.serving.served_modules import served_modules
@@ -154,7 +154,7 @@ def _local_factors(adapter: Adapter, kind: str, layer: torch.nn.Module, sharding
     plan = plan_adapter("test", own, served, sharding, torch.float32)
     local = read_adapter(plan, own, lambda elements: HostBlock.allocate(elements, 0, torch.float32, pin_memory=False))
     (packed,) = local.packed.layers.values()
-    factors = BatchedFactors.allocate(1, packed.a_E.numel(), packed.b_E.numel(), torch.float32, torch.device("cpu"))
+    factors = EagerFactors.allocate(1, packed.a_E.numel(), packed.b_E.numel(), torch.float32, torch.device("cpu"))
     factors.write(0, packed)
     return factors
 
@@ -169,7 +169,7 @@ def test_fully_sharded_qkv(zoo: Zoo, as_rank: Any, kv_heads: int, tp: int, block
     """
     from sglang.srt.layers.linear import QKVParallelLinear
 
-    from bdlora_kernels.batched import expand, shrink
+    from bdlora_kernels.eager import expand, shrink
     from bdlora_sglang.serving.fully_sharded import FullySharded
 
     nblocks = None if blocks == "plain" else int(blocks)
@@ -208,7 +208,7 @@ def test_fully_sharded_row_parallel(zoo: Zoo, as_rank: Any, tp: int, nblocks: in
     """Shrink outputs added up as an all-reduce does; each rank adds its own slice of the output."""
     from sglang.srt.layers.linear import RowParallelLinear
 
-    from bdlora_kernels.batched import expand, shrink
+    from bdlora_kernels.eager import expand, shrink
     from bdlora_sglang.serving.fully_sharded import FullySharded
 
     model = zoo.model("llama")

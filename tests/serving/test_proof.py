@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from bdlora_kernels import BatchedSlots
+from bdlora_kernels import EagerSlots
 from bdlora_sglang.errors import BDLoRAError
 from tests.serving.test_layers import as_rank  # noqa: F401
 
@@ -47,7 +47,7 @@ def manager(dtype: torch.dtype, wrapper: Any = None) -> SimpleNamespace:
     )
     backend.use(sharding, kernels)
     sizes = {name: sharding.slot_size(name, layer, 4) for name, layer in layers.items()}
-    slots = BatchedSlots(2, sizes, dtype, torch.device("cpu"), pin_memory=False)
+    slots = EagerSlots(2, sizes, dtype, torch.device("cpu"), pin_memory=False)
     wrapped = {name: wrap_layer(name, layer, backend) for name, layer in layers.items()}
     for name, module in wrapped.items():
         module.set_lora_info(slots.layers[name])

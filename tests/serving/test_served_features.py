@@ -1,13 +1,15 @@
 """Features of SGLang that the table calls served, with adapters in the batch, on two engines that they share."""
 
 import atexit
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 
 from bdlora_perf.synthetic import make_model
 from bdlora_perf.synthetic.reference import PeftReference
@@ -62,6 +64,7 @@ def case(zoo: Zoo) -> Iterator[Case]:
         chunked_prefill_size=16,
         enable_mixed_chunk=True,
         enable_streaming_session=True,
+        lora_strict_loading=True,
         skip_tokenizer_init=True,
         log_level="error",
     )
@@ -103,4 +106,18 @@ def test_new_base_weights_under_loaded_adapters(case: Case, tmp_path: Path) -> N
     success, message, *_ = case.engine.update_weights_from_tensor(list(tensors.items()))
     assert success, message
     case.engine.end_weight_update()
+    case.assert_equals_peft(PeftReference(case.model))
+
+
+def test_strict_loading_refuses_what_would_be_skipped(case: Case, tmp_path: Path) -> None:
+    """Without the flag it is skipped: test_families.py::test_what_comes_along."""
+    folder = shutil.copytree(case.adapters["plain"], tmp_path / "foreign")
+    file = folder / "adapter_model.safetensors"
+    foreign = "model.visual.layers.0.mlp.up_proj"
+    factors = {"lora_A": torch.zeros(8, 64), "lora_B": torch.zeros(64, 8)}
+    added = {f"base_model.model.{foreign}.{name}.weight": factor for name, factor in factors.items()}
+    save_file(load_file(file) | added, file)
+    result = case.engine.load_lora_adapter("foreign", str(folder))
+    assert not result.success
+    assert foreign in result.error_message
     case.assert_equals_peft(PeftReference(case.model))

@@ -27,7 +27,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }
 # Architecture, heads, KV heads and TP degree. Two ranks a KV head; one head on all ranks; three ranks a head.
 REPLICATED = [
-    pytest.param(("llama", 8, 2, 4), id="llama-8-2-tp4"),
+    pytest.param(("llama", 8, 2, 4), id="llama-8-2-tp4", marks=pytest.mark.full),
     pytest.param(("qwen3", 4, 1, 2), id="qwen3-4-1-tp2"),
     pytest.param(("mistral", 12, 2, 6), id="mistral-12-2-tp6", marks=pytest.mark.full),
 ]

@@ -70,11 +70,9 @@ class Zoo:
 OVERRIDES: dict[str, dict[str, Any]] = {"mistral": {"intermediate_size": 480}}
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "gemma")
 FREE, SHARDED = "communication-free", "fully-sharded"
+# Every architecture, degree and sharding at least once.
 CI_CASES = {
-    ("llama", 1, FREE),
-    ("llama", 2, FREE),
     ("llama", 4, FREE),
-    ("llama", 4, SHARDED),
     ("mistral", 2, FREE),
     ("qwen2", 2, SHARDED),
     ("gemma", 1, FREE),

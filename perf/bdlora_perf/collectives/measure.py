@@ -2,11 +2,9 @@
 
 import statistics
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 
 from bdlora_perf.collectives.count import Collective, traffic_elements
@@ -14,7 +12,7 @@ from bdlora_perf.collectives.formulas import Batch, added_by_lora
 from bdlora_perf.collectives.forwards import PARTS, Forward, forwards
 from bdlora_perf.collectives.timing import Message, backend, time_collectives
 from bdlora_perf.collectives.trace import read_traces
-from bdlora_perf.report.machine import describe_machine
+from bdlora_perf.report.run import Run
 from bdlora_perf.report.schema import Metric, Report, Sample, System, Value
 from bdlora_perf.serve.adapters import MadeAdapter, adapter_flags, matched_adapter
 from bdlora_perf.serve.servers import Server, adapter_names, send, start_server, warm_up
@@ -71,7 +69,7 @@ def measure_collectives(options: CollectivesOptions, doing: Callable[[str], None
     Raises:
         BDLoRAError: a server does not start or answer, with the end of its log.
     """
-    started, clock = datetime.now(timezone.utc), time.monotonic()
+    run = Run(options.command, options.seed)
     counted: list[Sample] = []
     per_forward: dict[tuple[str, str], Counter[Collective]] = {}
     for system, round_, found in _profile(options, doing):
@@ -87,11 +85,7 @@ def measure_collectives(options: CollectivesOptions, doing: Callable[[str], None
     return Report(
         kind="collectives",
         title="Collectives of one forward pass",
-        command=options.command,
-        started=started.isoformat(timespec="seconds"),
-        seconds=round(time.monotonic() - clock, 1),
-        seed=options.seed,
-        machine=describe_machine(),
+        **run.head(),
         settings=_settings(options),
         systems={
             **{

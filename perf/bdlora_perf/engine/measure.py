@@ -10,22 +10,19 @@ prefills whatever waits before it decodes, so that even a prefill in parts would
 the report says how many were split, by the servers' logs.
 """
 
-import os
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from itertools import product
 
+from bdlora_perf.checkout import Surroundings, surroundings_of
 from bdlora_perf.engine.bandwidth import copy_bandwidths, step_bytes
 from bdlora_perf.engine.batch import Prompts, batch_seconds, measure_steps
-from bdlora_perf.engine.checkout import Surroundings, surroundings_of
-from bdlora_perf.engine.plan import ITEM_BYTES, Contender, Deployment, EngineOptions, Turn, launch_flags, turns
-from bdlora_perf.engine.report import Measured, make_report
+from bdlora_perf.engine.plan import ITEM_BYTES, Deployment, EngineOptions, Turn, launch_flags, turns
+from bdlora_perf.engine.report import EngineRun, make_report
 from bdlora_perf.report.schema import Failure, Report, Sample, Value
-from bdlora_perf.serve.servers import adapter_names, make_folder, rank_cores, send, warm_up
-from bdlora_perf.server_process import ServerProcess, free_port, launch_command, terminated_as_interrupted
+from bdlora_perf.serve.servers import adapter_names, failure_of, rank_cores, send, start_server, warm_up
+from bdlora_perf.server_process import ServerProcess
 from bdlora_sglang.errors import BDLoRAError
 
 _WARM_UP_STEPS = 2
@@ -40,21 +37,14 @@ def measure_engine(options: EngineOptions, doing: Callable[[str], None]) -> Repo
     Raises:
         BDLoRAError: adapters cannot be made, ``before`` cannot be run, or nothing at all could be measured.
     """
-    started, clock = datetime.now(timezone.utc), time.monotonic()
-    measured = Measured()
-    try:
-        with terminated_as_interrupted(), ExitStack() as stack:
-            before = None if options.before is None else stack.enter_context(surroundings_of(options.before))
-            doing("memory bandwidth")
-            measured.copies = copy_bandwidths()
-            runner = _Runner(options, before, Prompts(options.shape.vocabulary, options.input_len, options.seed), doing)
-            runner.run(measured)
-    except KeyboardInterrupt:
-        measured.interrupted = True
-    if not measured.samples:
-        reasons = [f"{failure.message}\n{failure.log_tail}" for failure in measured.failures]
-        raise BDLoRAError(f"found nothing to report, expected a turn at least: {(*reasons, 'interrupted')[0]}")
-    return make_report(options, measured, started, time.monotonic() - clock)
+    measured = EngineRun(options.command, options.seed)
+    with measured.kept_when_interrupted(), ExitStack() as stack:
+        before = None if options.before is None else stack.enter_context(surroundings_of(options.before))
+        doing("memory bandwidth")
+        measured.copies = copy_bandwidths()
+        prompts = Prompts(options.shape.vocabulary, options.input_len, options.seed)
+        _Runner(options, before, prompts, doing).run(measured)
+    return make_report(options, measured)
 
 
 @dataclass
@@ -74,7 +64,7 @@ class _Runner:
     prompts: Prompts
     doing: Callable[[str], None]
 
-    def run(self, measured: Measured) -> None:
+    def run(self, measured: EngineRun) -> None:
         """Everything; what is measured is in ``measured`` at any time."""
         done = 0
         for deployment in self.options.deployments:
@@ -100,13 +90,15 @@ class _Runner:
                 for before, target in ready.items():
                     _count_prefills(deployment, before, target, measured)
 
-    def _start(self, deployment: Deployment, measured: Measured, stack: ExitStack) -> dict[bool, _Ready]:
+    def _start(self, deployment: Deployment, measured: EngineRun, stack: ExitStack) -> dict[bool, _Ready]:
         """The servers, warm, by whether they are those of before; ``stack`` stops them. Failures are kept."""
         flags = launch_flags(self.options, deployment)
         servers: dict[bool, ServerProcess] = {}
         # All are under way before the first is waited for.
         for before in dict.fromkeys(contender.before for contender in self.options.contenders):
-            server = self._launch(deployment, flags, self.before if before else None, before)
+            name = f"engine-tp{deployment.tp}-{deployment.dtype}{'-before' if before else ''}"
+            logs = (self.options.work / "logs").resolve()
+            server = start_server(name, flags, logs, self.before if before else None)
             stack.callback(server.stop)
             servers[before] = server
         ready: dict[bool, _Ready] = {}
@@ -121,20 +113,6 @@ class _Runner:
                 measured.cores[before, deployment.tp] = cores
         return ready
 
-    def _launch(
-        self, deployment: Deployment, flags: list[str], surroundings: Surroundings | None, before: bool
-    ) -> ServerProcess:
-        port = free_port()
-        environment = os.environ if surroundings is None else surroundings.environment
-        name = f"engine-tp{deployment.tp}-{deployment.dtype}{'-before' if before else ''}.log"
-        return ServerProcess(
-            launch_command(*flags, "--port", port),
-            f"http://127.0.0.1:{port}",
-            make_folder(self.options.work / "logs") / name,
-            {**environment, "TOKENIZERS_PARALLELISM": "false"},
-            None if surroundings is None else surroundings.folder,
-        )
-
     def _make_ready(self, deployment: Deployment, server: ServerProcess, before: bool) -> _Ready | Failure:
         own = [contender for contender in self.options.contenders if contender.before == before]
         try:
@@ -147,7 +125,7 @@ class _Runner:
                 names = adapters if contender.has_adapters else []
                 batch_seconds(server.url, self.prompts.take(count), names, 1 + _WARM_UP_STEPS)
         except BDLoRAError as error:
-            return _failure(own[0], deployment.point(), error, server)
+            return failure_of(own[0].name, deployment.point(), error, server)
         return _Ready(server, adapters, _num_prefills(server))
 
     def _check_cache(self, server: ServerProcess) -> None:
@@ -166,7 +144,7 @@ class _Runner:
         try:
             times = measure_steps(target.server.url, self.prompts, turn.requests, adapters, self.options.decode_steps)
         except BDLoRAError as error:
-            return _failure(turn.contender, point, error, target.server)
+            return failure_of(turn.contender.name, point, error, target.server)
         num_bytes = step_bytes(self.options.shape, deployment.tp, ITEM_BYTES[deployment.dtype])
         figures = {
             "decode": {
@@ -190,16 +168,8 @@ def _num_prefills(server: ServerProcess) -> int:
     return sum(_PREFILL in line for line in server.log_lines())
 
 
-def _count_prefills(deployment: Deployment, before: bool, target: _Ready, measured: Measured) -> None:
+def _count_prefills(deployment: Deployment, before: bool, target: _Ready, measured: EngineRun) -> None:
     parts = _num_prefills(target.server) - target.prefills
     if parts != target.batches:
         where = f"{deployment}{', before' if before else ''}"
         measured.notes.append(f"{where}: {target.batches} batches were prefilled in {parts} parts.")
-
-
-def _failure(contender: Contender, point: Mapping[str, Value], error: BDLoRAError, server: ServerProcess) -> Failure:
-    """The first line of an error says what happened; the end of a dead server's log, which is named there, says why."""
-    message, _, log_tail = str(error).partition("\n")
-    if server.exit_code is not None:
-        message, log_tail = f"the server ended with exit code {server.exit_code}, see {server.log}", server.log_tail()
-    return Failure(system=contender.name, point=dict(point), message=message, log_tail=log_tail)

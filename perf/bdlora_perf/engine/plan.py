@@ -150,5 +150,5 @@ def launch_flags(options: EngineOptions, deployment: Deployment) -> list[str]:
     flags = ["--model", str(model.resolve()) if model.exists() else options.model]
     flags += ["--tp", str(deployment.tp), "--dtype", deployment.dtype, *common_flags(options)]
     flags += adapter_flags(make_adapter(options, deployment.tp), options.adapters)
-    # The base model takes a slot like an adapter; without one of its own it would throw one out.
+    # Before base requests went without a slot, they took one like an adapter, and would have thrown one out.
     return [*flags, "--max-loras-per-batch", str(options.adapters + 1), *options.server_flags]

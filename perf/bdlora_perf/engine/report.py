@@ -2,14 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
 
 from bdlora_perf.engine.bandwidth import step_bytes
 from bdlora_perf.engine.plan import BASE, LORA, Contender, EngineOptions, common_flags
-from bdlora_perf.report.machine import describe_machine
-from bdlora_perf.report.schema import Failure, Metric, Report, Sample, System, Value
-
-INTERRUPTED = "Interrupted: "
+from bdlora_perf.report.run import Run
+from bdlora_perf.report.schema import Metric, Report, System, Value
 
 METRICS: dict[str, Metric] = {
     "decode_ms": Metric(label="Decode step", unit="ms", better="lower"),
@@ -19,7 +16,7 @@ METRICS: dict[str, Metric] = {
 
 
 @dataclass
-class Measured:
+class EngineRun(Run):
     """What there is so far.
 
     Attributes:
@@ -29,25 +26,17 @@ class Measured:
     """
 
     copies: Mapping[str, float] = field(default_factory=dict)
-    samples: list[Sample] = field(default_factory=list)
-    failures: list[Failure] = field(default_factory=list)
     cores: dict[tuple[bool, int], str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    interrupted: bool = False
 
 
-def make_report(options: EngineOptions, measured: Measured, started: datetime, seconds: float) -> Report:
-    """``seconds``: how long all of it took."""
+def make_report(options: EngineOptions, measured: EngineRun) -> Report:
     contenders = options.contenders
     names = [contender.name for contender in contenders]
     return Report(
         kind="engine",
         title="Steps of the engine",
-        command=options.command,
-        started=started.isoformat(timespec="seconds"),
-        seconds=round(seconds, 1),
-        seed=options.seed,
-        machine=describe_machine(),
+        **measured.head(),
         settings=_settings(options, measured),
         systems={
             contender.name: System(label=contender.label, details=_details(options, contender, measured))
@@ -62,7 +51,7 @@ def make_report(options: EngineOptions, measured: Measured, started: datetime, s
     )
 
 
-def _settings(options: EngineOptions, measured: Measured) -> dict[str, Value]:
+def _settings(options: EngineOptions, measured: EngineRun) -> dict[str, Value]:
     return {
         "model": options.model,
         "parameters read by a step": round(step_bytes(options.shape, 1, 1)),
@@ -75,7 +64,7 @@ def _settings(options: EngineOptions, measured: Measured) -> dict[str, Value]:
     }
 
 
-def _details(options: EngineOptions, contender: Contender, measured: Measured) -> dict[str, Value]:
+def _details(options: EngineOptions, contender: Contender, measured: EngineRun) -> dict[str, Value]:
     details: dict[str, Value] = {"checkout": str(options.before) if contender.before else "this one"}
     if contender.has_adapters:
         details |= {"rank": (LORA.rank_factor or 1) * options.rank, "blocks": "one a TP rank"}
@@ -86,15 +75,12 @@ def _details(options: EngineOptions, contender: Contender, measured: Measured) -
     return details
 
 
-def _notes(options: EngineOptions, measured: Measured) -> list[str]:
+def _notes(options: EngineOptions, measured: EngineRun) -> list[str]:
     copies = ", ".join(f"{figure:.1f} GB/s by {what}" for what, figure in measured.copies.items())
-    notes = [
+    return [
+        *measured.broken_off(options.num_turns, len(measured.samples) // 2),
         "The effective bandwidth counts the weights of all linear layers and of the vocabulary projection, once a "
         f"decode step. A copy of a large tensor on this machine, what it reads and what it writes: {copies}.",
         f"{BASE.label}: requests without an adapter, to the same server as those of {LORA.label}.",
         *measured.notes,
     ]
-    if measured.interrupted:
-        done = len(measured.samples) // 2
-        notes.insert(0, f"{INTERRUPTED}{done} of {options.num_turns} turns are in this report.")
-    return notes

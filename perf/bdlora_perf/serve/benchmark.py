@@ -1,12 +1,11 @@
 """A whole benchmark: from the options to a report."""
 
-import time
 from collections.abc import Callable
 from contextlib import closing
-from datetime import datetime, timezone
 
 from bdlora_perf.engine.bandwidth import shape_of
-from bdlora_perf.report.schema import Failure, Report, Sample, Value
+from bdlora_perf.report.run import Run
+from bdlora_perf.report.schema import Report, Value
 from bdlora_perf.serve.adapters import MadeAdapter, adapter_names_of, matched_adapter
 from bdlora_perf.serve.options import Benchmark, ServeOptions
 from bdlora_perf.serve.report import make_report
@@ -25,10 +24,7 @@ from bdlora_perf.serve.servers import (
 from bdlora_perf.serve.systems import AdapterShape, ServedSystem
 from bdlora_perf.serve.vllm import VLLM
 from bdlora_perf.serve.workload import Workload
-from bdlora_perf.server_process import terminated_as_interrupted
 from bdlora_sglang.errors import BDLoRAError
-
-INTERRUPTED = "Interrupted: "
 
 
 def run_benchmark(
@@ -47,7 +43,7 @@ def run_benchmark(
         BDLoRAError: adapters cannot be made, a running server does not answer, servers differ in what must be equal, or
             there is no run to report.
     """
-    started, clock = datetime.now(timezone.utc), time.monotonic()
+    run = Run(options.command, options.seed)
     running = {name: RunningServer(name, url) for name, url in options.urls.items()}
     for server in running.values():
         server.wait_until_healthy()
@@ -61,24 +57,15 @@ def run_benchmark(
     contenders |= {name: _given(state, server) for name, server in running.items()}
     batches = schedule(options.names, options.workloads, options.rounds, options.keep_servers, options.seed)
     runner = SweepRunner(contenders, options.bounds, options.find_rate, options.seed, watcher, state.runs)
-    records: list[Sample | Failure] = [*(before.samples if before else ())]
-    done = {(s.system, s.round, frozenset(s.point.items())) for s in records if isinstance(s, Sample)}
-
-    def report(*notes: str) -> Report:
-        return make_report(state, records, notes, started, time.monotonic() - clock)
-
-    notes: list[str] = []
-    try:
-        with terminated_as_interrupted(), closing(runner.run(batches, done)) as runs:
-            for record in runs:
-                records.append(record)
-                save(report(f"{INTERRUPTED}{len(records)} of {options.num_turns} runs are in this report."))
-    except KeyboardInterrupt:
-        notes.append(f"{INTERRUPTED}{len(records)} of {options.num_turns} runs are in this report.")
-    if not any(isinstance(record, Sample) for record in records):
-        reasons = [*notes, *(f"{r.system}: {r.message}\n{r.log_tail}" for r in records if isinstance(r, Failure))]
-        raise BDLoRAError(f"found no run to report, expected one at least: {reasons[0]}")
-    return report(*notes)
+    run.samples += before.samples if before else ()
+    done = {(sample.system, sample.round, frozenset(sample.point.items())) for sample in run.samples}
+    with run.kept_when_interrupted(), closing(runner.run(batches, done)) as records:
+        run.interrupted = True  # as long as it is not over
+        for record in records:
+            run.add(record)
+            save(make_report(state, run))
+        run.interrupted = False
+    return make_report(state, run)
 
 
 def _make_adapters(options: ServeOptions) -> dict[AdapterShape, MadeAdapter]:

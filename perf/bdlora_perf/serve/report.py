@@ -1,10 +1,7 @@
 """The report of a sweep."""
 
-from collections.abc import Sequence
-from datetime import datetime
-
-from bdlora_perf.report.machine import describe_machine
-from bdlora_perf.report.schema import Failure, Report, Sample, System, Value
+from bdlora_perf.report.run import Run
+from bdlora_perf.report.schema import Failure, Report, System, Value
 from bdlora_perf.serve.load import API_LABELS
 from bdlora_perf.serve.metrics import METRICS
 from bdlora_perf.serve.options import Benchmark
@@ -16,11 +13,8 @@ def main_baseline_failures(report: Report) -> list[Failure]:
     return [failure for failure in report.failures if failure.system in report.baselines[:1]]
 
 
-def make_report(
-    state: Benchmark, records: Sequence[Sample | Failure], notes: Sequence[str], started: datetime, seconds: float
-) -> Report:
-    options = state.options
-    samples = tuple(record for record in records if isinstance(record, Sample))
+def make_report(state: Benchmark, run: Run) -> Report:
+    options, samples = state.options, run.samples
     present = {name for sample in samples for name in sample.metrics}
     baselines = tuple(name for name in BASELINES if name in options.names) or (options.names[0],)
     failed = {name: sum(s.metrics["failed_requests"] for s in samples if s.system == name) for name in options.names}
@@ -30,11 +24,7 @@ def make_report(
     return Report(
         kind="serve",
         title="Serving with many adapters",
-        command=options.command,
-        started=started.isoformat(timespec="seconds"),
-        seconds=round(seconds, 1),
-        seed=options.seed,
-        machine=describe_machine(),
+        **run.head(),
         settings=_settings(state),
         systems={
             **{system.name: System(label=system.label, details=_details(state, system)) for system in options.systems},
@@ -45,9 +35,9 @@ def make_report(
         },
         metrics={name: metric for name, metric in METRICS.items() if name in present},
         baselines=baselines,
-        samples=samples,
-        failures=tuple(record for record in records if isinstance(record, Failure)),
-        notes=(*notes, *lossy),
+        samples=tuple(samples),
+        failures=tuple(run.failures),
+        notes=(*run.broken_off(options.num_turns), *lossy),
     )
 
 

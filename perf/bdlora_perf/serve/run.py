@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Protocol
 
-from bdlora_perf.report.schema import Failure, Point, Sample, Value
+from bdlora_perf.report.schema import Failure, Sample, Value
 from bdlora_perf.serve.load import Request, Target, make_requests, run_load
 from bdlora_perf.serve.metrics import run_metrics
-from bdlora_perf.serve.servers import Server
+from bdlora_perf.serve.servers import Server, failure_of
 from bdlora_perf.serve.workload import Workload
 from bdlora_sglang.errors import BDLoRAError
 
@@ -155,7 +155,7 @@ class SweepRunner:
         try:
             server = self.contenders[name].start(*workload.deployment)
         except BDLoRAError as error:
-            return _failure(name, {}, error)
+            return failure_of(name, {}, error)
         stack.callback(server.stop)
         return server
 
@@ -172,7 +172,7 @@ class SweepRunner:
             ]:
                 raise BDLoRAError(f"found {len(errors)} of {len(first)} first requests failed: {errors[0]}")
         except BDLoRAError as error:
-            return _failure(name, {"adapters": workload.adapters, "slots": workload.slots}, error, server)
+            return failure_of(name, {"adapters": workload.adapters, "slots": workload.slots}, error, server)
         self.runs[name] = ready.runs
         return ready
 
@@ -194,9 +194,9 @@ class SweepRunner:
         try:
             metrics = self._search(turn, ready) if self.find_rate else self._one_run(turn, ready, turn.workload)
         except BDLoRAError as error:
-            return _failure(turn.system, point, error, ready.server)
+            return failure_of(turn.system, point, error, ready.server)
         if ready.server.exit_code is not None or "output_throughput" not in metrics:
-            return _failure(turn.system, point, BDLoRAError("all requests failed"), ready.server)
+            return failure_of(turn.system, point, BDLoRAError("all requests failed"), ready.server)
         return Sample(system=turn.system, point=point, round=turn.round, metrics={**metrics, **ready.memory})
 
     def _one_run(self, turn: Turn, ready: Ready, workload: Workload) -> dict[str, float]:
@@ -221,11 +221,3 @@ class SweepRunner:
         if best is None:
             raise BDLoRAError(f"found no rate down to {high:.3g} req/s within the bounds, expected one")
         return {**best, "rate_within_slo": low}
-
-
-def _failure(system: str, point: Point, error: BDLoRAError, server: Server | None = None) -> Failure:
-    """The first line of an error says what happened, the others are the end of a log: the server's, if it is dead."""
-    message, _, log_tail = str(error).partition("\n")
-    if server is not None and server.exit_code is not None:
-        message, log_tail = f"the server ended with exit code {server.exit_code}", server.log_tail()
-    return Failure(system=system, point=point, message=message, log_tail=log_tail)

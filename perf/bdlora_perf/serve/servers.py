@@ -8,7 +8,8 @@ from typing import Any, Protocol
 
 import requests
 
-from bdlora_perf.report.schema import Value
+from bdlora_perf.checkout import Surroundings
+from bdlora_perf.report.schema import Failure, Point, Value
 from bdlora_perf.serve.load import Api, Target
 from bdlora_perf.server_process import ServerProcess, free_port, launch_command
 from bdlora_sglang.errors import BDLoRAError
@@ -61,8 +62,12 @@ class RunningServer:
         return ""
 
 
-def start_server(name: str, flags: Sequence[str], logs: Path) -> ServerProcess:
+def start_server(
+    name: str, flags: Sequence[str], logs: Path, surroundings: Surroundings | None = None
+) -> ServerProcess:
     """``bdlora launch flags...`` on a free port, under way; it prints to ``logs/name.log``.
+
+    With ``surroundings`` it is that of another checkout.
 
     Raises:
         BDLoRAError: the log cannot be written.
@@ -72,8 +77,17 @@ def start_server(name: str, flags: Sequence[str], logs: Path) -> ServerProcess:
         launch_command(*flags, "--port", port),
         f"http://127.0.0.1:{port}",
         make_folder(logs) / f"{name}.log",
-        {**os.environ, "TOKENIZERS_PARALLELISM": "false"},
+        {**(surroundings.environment if surroundings else os.environ), "TOKENIZERS_PARALLELISM": "false"},
+        surroundings.folder if surroundings else None,
     )
+
+
+def failure_of(system: str, point: Point, error: BDLoRAError, server: Server | None = None) -> Failure:
+    """The first line of an error says what happened, the others are the end of a log: the server's, if it is dead."""
+    message, _, log_tail = str(error).partition("\n")
+    if server is not None and server.exit_code is not None:
+        message, log_tail = f"the server ended with exit code {server.exit_code}", server.log_tail()
+    return Failure(system=system, point=point, message=message, log_tail=log_tail)
 
 
 def make_folder(folder: Path) -> Path:

@@ -5,29 +5,26 @@ host memory, the second one in a slot. Then as many are loaded beside a stream o
 longest gap is what loading costs others.
 """
 
-import os
 import statistics
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
+from bdlora_perf.checkout import Surroundings, surroundings_of
 from bdlora_perf.engine.batch import Prompts
-from bdlora_perf.engine.checkout import Surroundings, surroundings_of
-from bdlora_perf.report.machine import describe_machine
-from bdlora_perf.report.schema import Failure, Metric, Report, Sample, System
-from bdlora_perf.serve.servers import make_folder, send, warm_up
-from bdlora_perf.server_process import ServerProcess, free_port, launch_command, terminated_as_interrupted
+from bdlora_perf.report.run import Run
+from bdlora_perf.report.schema import Metric, Report, Sample, System
+from bdlora_perf.serve.servers import failure_of, send, start_server, warm_up
+from bdlora_perf.server_process import ServerProcess
 from bdlora_perf.swap.plan import BEFORE, NOW, SwapOptions, Turn, launch_flags, make_adapter, turns
 from bdlora_perf.swap.prepare import prepare_batches
 from bdlora_perf.swap.stream import TokenStream, longest_gap_ms
 from bdlora_sglang.errors import BDLoRAError
 
-INTERRUPTED = "Interrupted: "
 _PROMPT_TOKENS = 16
 _STREAM_TOKENS = 1500
 
@@ -47,54 +44,40 @@ METRICS: dict[str, Metric] = {
 }
 
 
-@dataclass
-class Measured:
-    """What there is so far."""
-
-    samples: list[Sample] = field(default_factory=list)
-    failures: list[Failure] = field(default_factory=list)
-    interrupted: bool = False
-
-
 def measure_swap(options: SwapOptions, doing: Callable[[str], None]) -> Report:
     """Measure all points; ``doing`` is told what comes next. Ctrl-C and SIGTERM end the servers and keep what there is.
 
     Raises:
         BDLoRAError: adapters cannot be made, ``before`` cannot be run, or nothing at all could be measured.
     """
-    started, clock = datetime.now(timezone.utc), time.monotonic()
-    measured = Measured()
-    try:
-        with terminated_as_interrupted(), ExitStack() as stack:
-            before = None if options.before is None else stack.enter_context(surroundings_of(options.before))
-            surroundings = {NOW: None, BEFORE: before}
-            for round_ in range(1, options.rounds + 1):
-                for system in options.systems:
-                    doing(f"preparing batches: round {round_} of {options.rounds}, {system}")
-                    measured.samples += prepare_batches(system, round_, surroundings[system])
-            for tp in options.tps:
-                _measure_tp(options, tp, surroundings, measured, doing)
-    except KeyboardInterrupt:
-        measured.interrupted = True
-    if not measured.samples:
-        reasons = [f"{failure.message}\n{failure.log_tail}" for failure in measured.failures]
-        raise BDLoRAError(f"found nothing to report, expected a turn at least: {(*reasons, 'interrupted')[0]}")
-    return _report(options, measured, started, time.monotonic() - clock)
+    run = Run(options.command, options.seed)
+    with run.kept_when_interrupted(), ExitStack() as stack:
+        before = None if options.before is None else stack.enter_context(surroundings_of(options.before))
+        surroundings = {NOW: None, BEFORE: before}
+        for round_ in range(1, options.rounds + 1):
+            for system in options.systems:
+                doing(f"preparing batches: round {round_} of {options.rounds}, {system}")
+                run.samples += prepare_batches(system, round_, surroundings[system])
+        for tp in options.tps:
+            _measure_tp(options, tp, surroundings, run, doing)
+    return _report(options, run)
 
 
 def _measure_tp(
     options: SwapOptions,
     tp: int,
     surroundings: dict[str, Surroundings | None],
-    measured: Measured,
+    run: Run,
     doing: Callable[[str], None],
 ) -> None:
     prompts = Prompts(options.vocabulary, _PROMPT_TOKENS, options.seed)
     doing(f"tp {tp}: starting")
     with ExitStack() as stack:
-        servers = {system: _launch(options, tp, system, surroundings[system]) for system in options.systems}
-        for server in servers.values():
-            stack.callback(server.stop)
+        servers = {}
+        for system in options.systems:
+            name, logs = f"swap-tp{tp}-{system}", (options.work / "logs").resolve()
+            servers[system] = start_server(name, launch_flags(options, tp), logs, surroundings[system])
+            stack.callback(servers[system].stop)
         for server in servers.values():
             server.wait_until_healthy()
             warm_up(server, ["largest"])
@@ -104,24 +87,9 @@ def _measure_tp(
             try:
                 metrics = _Turn(options, server, make_adapter(options, tp, turn.rank).folder, prompts).run(turn)
             except BDLoRAError as error:
-                log_tail = "" if server.exit_code is None else server.log_tail()
-                failure = Failure(system=turn.system, point=turn.point(tp), message=str(error), log_tail=log_tail)
-                measured.failures.append(failure)
+                run.add(failure_of(turn.system, turn.point(tp), error, server))
             else:
-                sample = Sample(system=turn.system, point=turn.point(tp), round=turn.round, metrics=metrics)
-                measured.samples.append(sample)
-
-
-def _launch(options: SwapOptions, tp: int, system: str, surroundings: Surroundings | None) -> ServerProcess:
-    port = free_port()
-    environment = os.environ if surroundings is None else surroundings.environment
-    return ServerProcess(
-        launch_command(*launch_flags(options, tp), "--port", port),
-        f"http://127.0.0.1:{port}",
-        make_folder(options.work / "logs") / f"swap-tp{tp}-{system}.log",
-        {**environment, "TOKENIZERS_PARALLELISM": "false"},
-        None if surroundings is None else surroundings.folder,
-    )
+                run.add(Sample(system=turn.system, point=turn.point(tp), round=turn.round, metrics=metrics))
 
 
 @dataclass(frozen=True)
@@ -189,23 +157,18 @@ def _percentile(values: list[float], percent: int) -> float:
     return sorted(values)[-(-percent * len(values) // 100) - 1]
 
 
-def _report(options: SwapOptions, measured: Measured, started: datetime, seconds: float) -> Report:
+def _report(options: SwapOptions, run: Run) -> Report:
     notes = [
+        *run.broken_off(options.num_turns),
         "A cold adapter is in host memory, a warm one in a slot. A load's CPU time is that of the schedulers of all "
         "ranks, in which they also wait for one another.",
         f"The stream asks for the base model, with one request in flight, while {options.loads} adapters are loaded "
         "one after the other.",
     ]
-    if measured.interrupted:
-        notes.insert(0, f"{INTERRUPTED}{len(measured.samples)} samples are in this report.")
     return Report(
         kind="swap",
         title="Swapping adapters",
-        command=options.command,
-        started=started.isoformat(timespec="seconds"),
-        seconds=round(seconds, 1),
-        seed=options.seed,
-        machine=describe_machine(),
+        **run.head(),
         settings={"model": options.model, "loads of a turn": options.loads, "rounds": options.rounds},
         systems={
             system: System(
@@ -219,7 +182,7 @@ def _report(options: SwapOptions, measured: Measured, started: datetime, seconds
         },
         metrics=METRICS,
         baselines=(BEFORE,) if options.before is not None else (),
-        samples=tuple(measured.samples),
-        failures=tuple(measured.failures),
+        samples=tuple(run.samples),
+        failures=tuple(run.failures),
         notes=tuple(notes),
     )

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bdlora_perf.engine.checkout import Surroundings
+    from bdlora_perf.checkout import Surroundings
     from bdlora_perf.report.schema import Sample
 
 REQUESTS = (1, 32, 256)

@@ -65,7 +65,7 @@ def test_a_server_that_does_not_start(tmp_path: Path, monkeypatch: pytest.Monkey
     assert isinstance(result.exception, BDLoRAError)
     message = str(result.exception)
     assert "the server ended with exit code" in message
-    assert f"see {tmp_path / 'work' / 'logs' / 'engine-tp1-float32.log'}" in message
+    assert f"The end of {tmp_path / 'work' / 'logs' / 'engine-tp1-float32.log'}" in message
     assert "--no-such-flag" in message.partition("The end of")[2]
     assert servers() == []
 

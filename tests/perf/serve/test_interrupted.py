@@ -62,7 +62,7 @@ def test_a_dead_server_and_an_interruption(tmp_path: Path) -> None:
             [*_COMMAND, *options, "--output", str(output), "--work", str(work)],
             stdout=file,
             stderr=subprocess.STDOUT,
-            # A shell lets what it runs in the background ignore Ctrl-C, and we may be such.
+            # A shell lets what it turns in the background ignore Ctrl-C, and we may be such.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     processes: list[psutil.Process] = []
@@ -111,7 +111,7 @@ def test_a_dead_server_and_an_interruption(tmp_path: Path) -> None:
         assert runs["KV cache (tokens)"] == report.systems["base"].details["KV cache (tokens)"]
         assert runs["slots"] == (2 if name == "bd-2r" else None)
     (note,) = report.notes
-    assert note.startswith("Interrupted: ") and f"of {2 * _ROUNDS} runs" in note
+    assert note.startswith("Interrupted: ") and f"of {2 * _ROUNDS} turns" in note
     assert report.baselines == ("base",)
     for sample in report.samples:
         metrics = sample.metrics

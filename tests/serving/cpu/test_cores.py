@@ -93,7 +93,10 @@ def _cores_of(process: psutil.Process) -> set[frozenset[int]]:
     return {frozenset(os.sched_getaffinity(thread.id)) for thread in process.threads()}
 
 
-@pytest.mark.parametrize("hand_set", [False, True], ids=["default", "OMP_NUM_THREADS"])
+@pytest.mark.parametrize(
+    "hand_set",
+    [pytest.param(False, id="default"), pytest.param(True, id="OMP_NUM_THREADS", marks=pytest.mark.full)],
+)
 def test_ranks_of_a_running_server(zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hand_set: bool) -> None:
     """TP 3: every thread of a rank is on the rank's cores, and the log says so. (TP 1, 2 and 4 are in test_engine.py.)
 

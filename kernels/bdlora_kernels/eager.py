@@ -18,7 +18,7 @@ from bdlora_kernels.segments import TokenBatch
 
 
 @dataclass
-class BatchedFactors(LayerFactors):
+class EagerFactors(LayerFactors):
     """Slots that hold B transposed, ``(N * R, O)``, so that its rows are read one after the other.
 
     On a CPU they are of the model's type where `cpu_kernels` reads that, else float32.
@@ -40,7 +40,7 @@ class BatchedFactors(LayerFactors):
     @classmethod
     def allocate(
         cls, num_slots: int, a_elements: int, b_elements: int, dtype: torch.dtype, device: torch.device
-    ) -> "BatchedFactors":
+    ) -> "EagerFactors":
         """Empty slots of so many elements."""
         if device.type == "cpu" and dtype not in CPU_DTYPES:
             dtype = torch.float32
@@ -75,7 +75,7 @@ class BatchedFactors(LayerFactors):
         self.entries_at = self.entries.ctypes.data, self.counts.ctypes.data, *self.entries.shape
 
 
-def add_lora_delta(y_TO: torch.Tensor, x_TI: torch.Tensor, factors: BatchedFactors, batch: TokenBatch) -> None:
+def add_lora_delta(y_TO: torch.Tensor, x_TI: torch.Tensor, factors: EagerFactors, batch: TokenBatch) -> None:
     """``y[t, outputs] += scaling * (x[t, inputs] @ A.T) @ B.T`` in place, for each token t and each slice of its slot.
 
     Tokens without a slot are not touched.
@@ -86,12 +86,12 @@ def add_lora_delta(y_TO: torch.Tensor, x_TI: torch.Tensor, factors: BatchedFacto
         expand(y_TO, h_TW[None], factors, batch)
 
 
-def shrink_width(factors: BatchedFactors, batch: TokenBatch) -> int:
+def shrink_width(factors: EagerFactors, batch: TokenBatch) -> int:
     """Columns that the shrink output of a batch needs: the largest sum of ranks of any slot in it."""
     return max((factors.widths[slot] for slot in batch.slots), default=0)
 
 
-def shrink(x_TI: torch.Tensor, factors: BatchedFactors, batch: TokenBatch) -> torch.Tensor:
+def shrink(x_TI: torch.Tensor, factors: EagerFactors, batch: TokenBatch) -> torch.Tensor:
     """``h[t] = x[t, inputs] @ A.T``, zero where a token's slot has fewer rows or none: ``(T, shrink_width)``."""
     h_TW = torch.zeros(len(x_TI), shrink_width(factors, batch), dtype=torch.float32, device=x_TI.device)
     if h_TW.numel():
@@ -99,7 +99,7 @@ def shrink(x_TI: torch.Tensor, factors: BatchedFactors, batch: TokenBatch) -> to
     return h_TW.to(x_TI.dtype)
 
 
-def _shrink_into(h_TW: torch.Tensor, x_TI: torch.Tensor, factors: BatchedFactors, batch: TokenBatch) -> None:
+def _shrink_into(h_TW: torch.Tensor, x_TI: torch.Tensor, factors: EagerFactors, batch: TokenBatch) -> None:
     if len(batch.few):
         _run("shrink", x_TI.float(), h_TW[None], factors.a_SE, factors, batch)
     for segment in batch.many:
@@ -108,7 +108,7 @@ def _shrink_into(h_TW: torch.Tensor, x_TI: torch.Tensor, factors: BatchedFactors
             h_TW[segment.tokens, columns] = x_KI[:, inputs] @ a_RI.float().T
 
 
-def expand(y_TO: torch.Tensor, h_NTW: torch.Tensor, factors: BatchedFactors, batch: TokenBatch) -> None:
+def expand(y_TO: torch.Tensor, h_NTW: torch.Tensor, factors: EagerFactors, batch: TokenBatch) -> None:
     """``y[t, outputs] += scaling * concat(h[0, t, rows], ..., h[N - 1, t, rows]) @ B.T`` in place, for each slice."""
     h_NTW = h_NTW.float()
     if len(batch.few):
@@ -126,7 +126,7 @@ def expand(y_TO: torch.Tensor, h_NTW: torch.Tensor, factors: BatchedFactors, bat
             y_TO[segment.tokens, outputs] = y_KO.add(delta_KO, alpha=part.scaling).to(y_TO.dtype)
 
 
-def _shrinks(factors: BatchedFactors, slot: int) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+def _shrinks(factors: EagerFactors, slot: int) -> Iterator[tuple[slice, slice, torch.Tensor]]:
     """Columns of h, inputs and A: one product for neighbouring slices that read the same inputs."""
     column = 0
     for (start, size), group in groupby(factors.slices[slot], key=lambda part: (part.input_start, part.input_size)):
@@ -137,7 +137,7 @@ def _shrinks(factors: BatchedFactors, slot: int) -> Iterator[tuple[slice, slice,
         column += rank
 
 
-def _expands(factors: BatchedFactors, slot: int) -> Iterator[tuple[slice, Slice, torch.Tensor]]:
+def _expands(factors: EagerFactors, slot: int) -> Iterator[tuple[slice, Slice, torch.Tensor]]:
     """Columns of each rank's h, the slice, and its B."""
     column = 0
     for part in factors.slices[slot]:
@@ -152,7 +152,7 @@ def _run(
     rows_T: torch.Tensor,
     h_NTW: torch.Tensor,
     factors_SE: torch.Tensor,
-    factors: BatchedFactors,
+    factors: EagerFactors,
     batch: TokenBatch,
 ) -> None:
     """Run a compiled kernel over the segments of few tokens; ``rows_T`` are x or y."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bdlora_perf.engine.checkout import Surroundings, surroundings_of
+from bdlora_perf.checkout import Surroundings, surroundings_of
 from bdlora_sglang.errors import BDLoRAError
 
 _PACKAGES = {

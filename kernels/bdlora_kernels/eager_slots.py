@@ -8,12 +8,12 @@ from collections.abc import Mapping
 
 import torch
 
-from bdlora_kernels.batched import BatchedFactors
+from bdlora_kernels.eager import EagerFactors
 from bdlora_kernels.packing import HostBlock, PackedAdapter
 from bdlora_kernels.slot_size import SlotSize
 
 
-class BatchedSlots:
+class EagerSlots:
     """All slots of all layers. ``layers`` has those that a slot has room for."""
 
     def __init__(
@@ -22,7 +22,7 @@ class BatchedSlots:
         """Empty slots."""
         self._num_slots, self._dtype, self._pin_memory = num_slots, dtype, pin_memory
         self.layers = {
-            name: BatchedFactors.allocate(num_slots, size.a, size.b, dtype, device)
+            name: EagerFactors.allocate(num_slots, size.a, size.b, dtype, device)
             for name, size in sizes.items()
             if size
         }

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bdlora_kernels import (
-    BatchedFactors,
+    EagerFactors,
     LayerFactors,
     PackedFactors,
     UnpackedSlice,
@@ -20,7 +20,7 @@ from bdlora_kernels import (
     group_tokens,
     pack,
 )
-from bdlora_kernels.batched import expand, shrink
+from bdlora_kernels.eager import expand, shrink
 from bdlora_kernels.layout import align
 
 INPUTS, OUTPUTS = 67, 53  # odd, so that nothing is aligned by luck
@@ -106,10 +106,10 @@ def slot_elements(packed: Sequence[PackedFactors | None]) -> tuple[int, int]:
 
 def make_factors(
     by_slot: Sequence[list[Window]], dtype: torch.dtype, seed: int = 0
-) -> tuple[BatchedFactors, list[list[UnpackedSlice]]]:
+) -> tuple[EagerFactors, list[list[UnpackedSlice]]]:
     """Random factors in slots, and as they were before packing."""
     packed, unpacked = make_packed(by_slot, dtype, seed)
-    factors = BatchedFactors.allocate(len(by_slot), *slot_elements(packed), dtype, torch.device("cpu"))
+    factors = EagerFactors.allocate(len(by_slot), *slot_elements(packed), dtype, torch.device("cpu"))
     fill_slots(factors, packed)
     return factors, unpacked
 
@@ -213,7 +213,7 @@ def test_the_batch_does_not_matter(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_loops_and_products_agree(seed: int, few_tokens: int) -> None:
     """Whichever takes a segment, the halves of fully sharded ranks with B over three of them included."""
-    factors = BatchedFactors.allocate(1, align(4 * INPUTS), align(12 * OUTPUTS), torch.float32, torch.device("cpu"))
+    factors = EagerFactors.allocate(1, align(4 * INPUTS), align(12 * OUTPUTS), torch.float32, torch.device("cpu"))
     generator = torch.Generator().manual_seed(seed)
     a_RI, b_OR, x_TI, y_TO, others_NTR = (
         torch.randn(*shape, generator=generator)
