@@ -2,14 +2,12 @@
 
 import shlex
 import sys
-import time
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bdlora_cli.perf_output import check_output, print_report
+from bdlora_cli.perf_output import check_output, finish
 from bdlora_sglang.errors import BDLoRAError
 
 if TYPE_CHECKING:
@@ -115,35 +113,32 @@ def _measure(options: "QualityOptions") -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
     from transformers.utils import logging
 
-    from bdlora_perf.quality.report import make_report
+    from bdlora_perf.quality.report import make_report, samples_of
     from bdlora_perf.quality.sweep import Sweep
-    from bdlora_perf.report.render import write_report
+    from bdlora_perf.report.run import Run
 
-    started, start = datetime.now(timezone.utc), time.perf_counter()
     console = Console()
-    interrupted = False
+    measured = Run(options.command, options.plan.seeds[0])
     logging.disable_progress_bar()  # one for each time that a model is loaded
     sweep = Sweep(options)
     options.plan.save(options.output)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(
-        *columns, TimeRemainingColumn(), console=console, refresh_per_second=1, speed_estimate_period=600
-    ) as progress:
+    with (
+        measured.kept_when_interrupted(),
+        Progress(
+            *columns, TimeRemainingColumn(), console=console, refresh_per_second=1, speed_estimate_period=600
+        ) as progress,
+    ):
         task = progress.add_task("preparing", total=sweep.num_runs)
-
         try:
             for run in sweep.runs():
                 progress.update(task, description=run.name)
                 if not sweep.is_finished(run):
                     sweep.finish(run)
                 progress.advance(task)
-        except KeyboardInterrupt:
-            interrupted = True
-        progress.update(task, description="report")
-        report = make_report(sweep, started, time.perf_counter() - start, interrupted)
-    print_report(console, report, write_report(report, options.output))
-    if interrupted:
-        raise typer.Exit(130)
+        finally:
+            measured.samples.extend(samples_of(sweep))
+    finish(console, make_report(sweep, measured), options.output)
 
 
 def _words(texts: list[str] | None, default: str) -> tuple[str, ...]:

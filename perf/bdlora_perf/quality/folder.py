@@ -43,8 +43,8 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Run:
-    """``learning_rate`` is 0 for a conversion without training."""
+class Trial:
+    """A cell with one seed and learning rate; the latter is 0 for a conversion without training."""
 
     cell: Cell
     seed: int
@@ -108,7 +108,7 @@ class RunFolder:
     def write(self, result: RunResult) -> None:
         write_atomically(self._runs / f"{result.name}.json", result.model_dump_json(indent=1) + "\n")
 
-    def save_adapter(self, model: "PeftModel", run: Run) -> None:
+    def save_adapter(self, model: "PeftModel", run: Trial) -> None:
         """Before its result is written: a finished LoRA has its adapter."""
         folder = self._adapters / run.name
         partial = folder.with_name(f".{folder.name}")
@@ -117,7 +117,7 @@ class RunFolder:
         model.save_pretrained(str(partial))
         partial.rename(folder)
 
-    def adapter(self, run: Run) -> Path:
+    def adapter(self, run: Trial) -> Path:
         """Raises `BDLoRAError` where the folder came without its adapters."""
         folder = self._adapters / run.name
         if not folder.is_dir():

@@ -2,17 +2,15 @@
 
 import math
 from collections.abc import Mapping
-from datetime import datetime
 
 from bdlora_perf.quality.folder import RunResult
 from bdlora_perf.quality.speed import estimated_speeds, measured_speeds
 from bdlora_perf.quality.sweep import Sweep, cell_of
 from bdlora_perf.quality.systems import AdapterShape, System
 from bdlora_perf.report import schema
-from bdlora_perf.report.machine import describe_machine
+from bdlora_perf.report.run import Run
 from bdlora_perf.report.schema import Metric, Report, Sample, Value
 
-INTERRUPTED = "Interrupted: "
 METRICS = {
     "loss": Metric(label="held-out loss", unit="nats per token", better="lower"),
     "perplexity": Metric(label="held-out perplexity", unit="", better="lower"),
@@ -38,42 +36,41 @@ _PEFT = (
 )
 
 
-def make_report(sweep: Sweep, started: datetime, seconds: float, interrupted: bool = False) -> Report:
-    """Everything that is finished in the folder, whichever part or machine did it."""
-    options, plan = sweep.options, sweep.plan
-    speeds, speed_note = _speeds(sweep)
-    samples = [
-        sample
-        for system in sweep.systems
-        for task in sweep.tasks
-        for r in system.shapes
-        for seed in plan.seeds
-        if (sample := _sample(sweep, system, task, r, seed, speeds)) is not None
-    ]
+def make_report(sweep: Sweep, measured: Run) -> Report:
+    """Of ``measured``, with what it means; `samples_of` says what that is."""
+    plan = sweep.plan
+    speed_note = _speeds(sweep)[1]
     expected = sum(len(system.shapes) for system in sweep.systems) * len(sweep.tasks) * len(plan.seeds)
-    notes = [_ACCURACY, *_base_notes(sweep), speed_note, _PAPER, _PEFT]
-    if len(samples) < expected:
-        notes.insert(0, f"{len(samples)} of {expected} figures are finished; the others are missing here.")
-    if interrupted:
-        notes.insert(0, f"{INTERRUPTED}--resume goes on with the folder.")
-    present = {name for sample in samples for name in sample.metrics}
+    notes = [*measured.broken_off(expected), _ACCURACY, *_base_notes(sweep), speed_note, _PAPER, _PEFT]
+    if not measured.interrupted and len(measured.samples) < expected:
+        notes.insert(0, f"{len(measured.samples)} of {expected} figures are finished; the others are missing here.")
+    present = {name for sample in measured.samples for name in sample.metrics}
     return Report(
         kind="quality",
         title="Quality at equal parameters",
-        command=options.command,
-        started=started.isoformat(timespec="seconds"),
-        seconds=round(seconds, 1),
-        seed=plan.seeds[0],
-        machine=describe_machine(),
         settings=_settings(sweep),
         systems={
             system.name: schema.System(label=system.label, details=_details(sweep, system)) for system in sweep.systems
         },
         metrics={name: metric for name, metric in METRICS.items() if name in present},
         baselines=("lora",),
-        samples=tuple(samples),
+        samples=tuple(measured.samples),
         notes=tuple(notes),
+        **measured.head(),
     )
+
+
+def samples_of(sweep: Sweep) -> list[Sample]:
+    """Everything that is finished in the folder, whichever part or machine did it."""
+    speeds = _speeds(sweep)[0]
+    return [
+        sample
+        for system in sweep.systems
+        for task in sweep.tasks
+        for r in system.shapes
+        for seed in sweep.plan.seeds
+        if (sample := _sample(sweep, system, task, r, seed, speeds)) is not None
+    ]
 
 
 def _sample(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bdlora_perf.quality.data import Example, Task, calibration_text, load_task
-from bdlora_perf.quality.folder import Cell, Run, RunFolder, RunResult
+from bdlora_perf.quality.folder import Cell, RunFolder, RunResult, Trial
 from bdlora_perf.quality.plan import QualityOptions
 from bdlora_perf.quality.systems import AdapterShape, System, make_systems, target_modules
 from bdlora_perf.quality.train import Trainer, count_parameters
@@ -70,7 +70,7 @@ class Sweep:
         first = sum(len(self._first_runs(cell)) for group in self.groups for cell in group)
         return first + (len(self.plan.seeds) - 1) * sum(map(len, self.groups))
 
-    def runs(self) -> Iterator[Run]:
+    def runs(self) -> Iterator[Trial]:
         """Those of this part in their order; the later ones are known when those before are finished (`finish`)."""
         for seed in self.plan.seeds:
             for cell in (cell for group in self.groups for cell in group):
@@ -79,10 +79,10 @@ class Sweep:
                 elif run := self.chosen_run(cell, seed):
                     yield run
 
-    def is_finished(self, run: Run) -> bool:
+    def is_finished(self, run: Trial) -> bool:
         return self.folder.read(run.name) is not None
 
-    def finish(self, run: Run) -> None:
+    def finish(self, run: Trial) -> None:
         """Train or convert, evaluate, and write the result."""
         self.folder.write(self._convert(run) if run.cell.source else self._train(run))
 
@@ -96,28 +96,28 @@ class Sweep:
             self.folder.write(result)
         return result
 
-    def chosen_run(self, cell: Cell, seed: int) -> Run | None:
+    def chosen_run(self, cell: Cell, seed: int) -> Trial | None:
         """With the learning rate that was best on the validation split for the first seed; None while that is open."""
         if cell.method in _UNTRAINED:
-            return Run(cell, seed, 0.0)
+            return Trial(cell, seed, 0.0)
         rates = self.plan.learning_rates
         if len(rates) == 1:
-            return Run(cell, seed, rates[0])
+            return Trial(cell, seed, rates[0])
         first = self.plan.seeds[0]
         losses: dict[float, float] = {}
         for rate in rates:
-            result = self.folder.read(Run(cell, first, rate).name)
+            result = self.folder.read(Trial(cell, first, rate).name)
             if result is None:
                 return None
             losses[rate] = result.validation_loss
-        return Run(cell, seed, min(losses, key=lambda rate: (losses[rate], rate)))
+        return Trial(cell, seed, min(losses, key=lambda rate: (losses[rate], rate)))
 
-    def _first_runs(self, cell: Cell) -> list[Run]:
+    def _first_runs(self, cell: Cell) -> list[Trial]:
         """Those of the first seed: every learning rate."""
         rates = (0.0,) if cell.method in _UNTRAINED else self.plan.learning_rates
-        return [Run(cell, self.plan.seeds[0], rate) for rate in rates]
+        return [Trial(cell, self.plan.seeds[0], rate) for rate in rates]
 
-    def _train(self, run: Run) -> RunResult:
+    def _train(self, run: Trial) -> RunResult:
         task = self.tasks[run.cell.task]
         model = self.trainer.new_adapter(run.cell.shape, run.seed, run.cell.init)
         losses = self.trainer.train(model, task.train, self.plan.steps, run.learning_rate, run.seed)
@@ -125,7 +125,7 @@ class Sweep:
             self.folder.save_adapter(model, run)
         return self._result(run, model, losses)
 
-    def _convert(self, run: Run) -> RunResult:
+    def _convert(self, run: Trial) -> RunResult:
         cell, task = run.cell, self.tasks[run.cell.task]
         lora = self.chosen_run(Cell(cell.task, "lora", AdapterShape(cell.source), cell.init), run.seed)
         assert lora is not None, "LoRA comes first in its group"
@@ -145,7 +145,9 @@ class Sweep:
             losses = self.trainer.train(model, task.train, self.plan.heal_steps, run.learning_rate, run.seed)
         return self._result(run, model, losses, report.error)
 
-    def _result(self, run: Run, model: "PeftModel", losses: list[float], delta_error: float | None = None) -> RunResult:
+    def _result(
+        self, run: Trial, model: "PeftModel", losses: list[float], delta_error: float | None = None
+    ) -> RunResult:
         task = self.tasks[run.cell.task]
         validation, test = (self.trainer.evaluate(model, task, part) for part in _held_out(task))
         ends = [_finite(losses[i]) if losses else None for i in (0, -1)]

@@ -11,11 +11,12 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bdlora_perf.quality.data import load_task
-from bdlora_perf.quality.folder import Cell, Run
+from bdlora_perf.quality.folder import Cell, Trial
 from bdlora_perf.quality.plan import QualityOptions
-from bdlora_perf.quality.report import make_report
+from bdlora_perf.quality.report import make_report, samples_of
 from bdlora_perf.quality.sweep import Sweep
 from bdlora_perf.quality.systems import AdapterShape
+from bdlora_perf.report import run as measurement
 from bdlora_perf.report.schema import Report
 from bdlora_sglang.convert import ConvertOptions, RankChoice, lora2bd
 from bdlora_sglang.errors import BDLoRAError
@@ -51,10 +52,8 @@ def finished(model: Path, data: list[Path], tmp_path_factory: pytest.TempPathFac
 
 
 def report_of(sweep: Sweep) -> Report:
-    from datetime import datetime, timezone
-
-    report = make_report(sweep, datetime(2026, 1, 1, tzinfo=timezone.utc), 0.0)
-    return report.model_copy(update={"machine": MACHINE})
+    report = make_report(sweep, measurement.Run(COMMAND, 0, samples_of(sweep)))
+    return report.model_copy(update={"machine": MACHINE, "started": "", "seconds": 0.0})
 
 
 def test_all_runs_are_done(finished: Sweep) -> None:
@@ -142,7 +141,7 @@ def test_conversions_have_the_figures_of_peft(finished: Sweep, model: Path, data
         hits += int((best == ids[0, example.start :]).sum())
         answer = adapted.generate(input_ids=ids[:, : example.start], max_new_tokens=count, do_sample=False)
         right += answer[0].tolist() == list(example.ids)
-    name = Run(cell, 1, 0.0).name
+    name = Trial(cell, 1, 0.0).name
     result = finished.folder.read(name)
     assert result is not None, f"{name} of {sorted(files(finished))}"
     assert result.loss == pytest.approx(total / tokens, rel=1e-5)
@@ -152,7 +151,7 @@ def test_conversions_have_the_figures_of_peft(finished: Sweep, model: Path, data
 
 def test_the_learning_rate_is_the_validation_split_s(finished: Sweep) -> None:
     cell = Cell("sums", "bd", AdapterShape(6, 2), "per-block")
-    results = {rate: finished.folder.read(Run(cell, 0, rate).name) for rate in FIELDS["learning_rates"]}
+    results = {rate: finished.folder.read(Trial(cell, 0, rate).name) for rate in FIELDS["learning_rates"]}
     best = min(results, key=lambda rate: results[rate].validation_loss)  # type: ignore[union-attr]
     chosen = finished.chosen_run(cell, 1)
     assert chosen is not None and chosen.learning_rate == best
