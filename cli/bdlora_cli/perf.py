@@ -1,4 +1,4 @@
-"""``bdlora perf``: throughput and latency, measured, estimated and compared. A module for each command."""
+"""``bdlora perf``: throughput, latency and quality, measured, estimated and compared. A module for each command."""
 
 import typer
 
@@ -7,10 +7,13 @@ from bdlora_cli.perf_compare import compare
 from bdlora_cli.perf_engine import engine
 from bdlora_cli.perf_estimate import estimate
 from bdlora_cli.perf_kernels import kernels
+from bdlora_cli.perf_quality import quality
 from bdlora_cli.perf_render import render
 from bdlora_cli.perf_serve import serve
 from bdlora_cli.perf_swap import swap
 
-app = typer.Typer(name="perf", help="Throughput and latency: measured, estimated, compared.", no_args_is_help=True)
-for command in (serve, engine, swap, collectives, kernels, estimate, compare, render):
+app = typer.Typer(
+    name="perf", help="Throughput, latency and quality: measured, estimated, compared.", no_args_is_help=True
+)
+for command in (serve, engine, swap, collectives, kernels, estimate, quality, compare, render):
     app.command()(command)

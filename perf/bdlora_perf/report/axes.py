@@ -14,7 +14,7 @@ def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def set_axes(axes: Any, numbers: Sequence[float], bytes_: bool, log_y: bool) -> None:
+def set_axes(axes: Any, numbers: Sequence[float], bytes_: bool, log_y: bool, from_zero: bool = True) -> None:
     logarithmic = numbers[0] > 0 and numbers[-1] >= 8 * numbers[0]
     if logarithmic:
         axes.set_xscale("log", base=2)
@@ -25,8 +25,10 @@ def set_axes(axes: Any, numbers: Sequence[float], bytes_: bool, log_y: bool) -> 
         axes.set_yscale("log")
         # A logarithmic axis of less than a decade has nothing but minor ticks: 2 and 5 are enough of them.
         axes.yaxis.set_minor_formatter(FuncFormatter(lambda v, _: format_tick(v) if f"{v:e}"[0] in "25" else ""))
-    else:
+    elif from_zero:
         axes.set_ylim(bottom=0)
+    else:
+        return  # a narrow range needs all digits: matplotlib's own ticks
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_tick(value)))
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from bdlora_perf.report.plots import Lines, Percentiles, Plotter, SpeedUps, Stack
 from bdlora_perf.report.schema import Kind
+from bdlora_perf.report.trade_off import TradeOff
 
 _LOAD = ("concurrency", "request_rate")
 _LATENCIES = {"ttft_ms": "TTFT", "tpot_ms": "TPOT", "itl_ms": "ITL", "e2e_latency_ms": "E2E latency"}
@@ -19,18 +20,24 @@ _SERVER = ("tp", "dtype")
 class Layout:
     """``headlines`` are the metrics that speed-ups are worked out for, by ``grouped_by``, beside the overall mean.
 
-    A plot whose metrics were not measured is left out.
+    A plot whose metrics were not measured is left out. ``paired`` are the metrics whose differences to the baselines
+    are tested.
     """
 
     headlines: tuple[str, ...]
     grouped_by: tuple[str, ...]
     plots: tuple[Plotter, ...]
+    paired: tuple[str, ...] = ()
 
 
 def _layout(
     headlines: tuple[str, ...], grouped_by: tuple[str, ...], *plots: Plotter, panels: tuple[str, ...] = ()
 ) -> Layout:
     return Layout(headlines, grouped_by, (SpeedUps("speed-up", headlines, grouped_by, panels), *plots))
+
+
+def _trade_off(name: str, title: str, y: str, *kinds: str, x: str = "parameters") -> TradeOff:
+    return TradeOff(name, title, y, x, ("LoRA", *kinds), ("task",))
 
 
 LAYOUTS: Mapping[Kind, Layout] = {
@@ -74,5 +81,20 @@ LAYOUTS: Mapping[Kind, Layout] = {
         Percentiles("latency", {"load_ms": "Load", "cold_ms": "First token, cold", "warm_ms": "First token, warm"}),
         Lines("gap", "gap_ms", ("rank",), ("tp",), log_y=True),
         Lines("prepare", "prepare_same_us", ("requests",), log_y=True),
+    ),
+    "quality": Layout(
+        headlines=(),
+        grouped_by=(),
+        plots=(
+            _trade_off("perplexity", "Perplexity against parameters", "perplexity", "BD-LoRA"),
+            _trade_off("accuracy", "Accuracy against parameters", "accuracy", "BD-LoRA"),
+            _trade_off("token-accuracy", "Accuracy by token against parameters", "token_accuracy", "BD-LoRA"),
+            _trade_off("speed", "Perplexity against speed", "perplexity", "BD-LoRA", x="output_throughput"),
+            _trade_off("conversion", "What conversion costs", "perplexity", "conversion"),
+            _trade_off(
+                "initial-values", "Initial values of a block-diagonal A", "perplexity", "BD-LoRA", "initial values"
+            ),
+        ),
+        paired=("loss", "accuracy", "token_accuracy"),
     ),
 }

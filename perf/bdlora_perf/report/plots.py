@@ -97,7 +97,7 @@ def _labelled(results: Results, rows: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(label=pd.Categorical(rows.system.map(labels), [*dict.fromkeys(found)], ordered=True))
 
 
-def _panelled(panels: Sequence[tuple[str, pd.DataFrame]], most: int = _MOST_PANELS) -> tuple[pd.DataFrame, str]:
+def panelled(panels: Sequence[tuple[str, pd.DataFrame]], most: int = _MOST_PANELS) -> tuple[pd.DataFrame, str]:
     """One frame with the column ``panel``; where there are too many, some evenly spread, and a sentence about it."""
     picked = panels
     if len(panels) > most:
@@ -109,7 +109,7 @@ def _panelled(panels: Sequence[tuple[str, pd.DataFrame]], most: int = _MOST_PANE
     return frame, left_out
 
 
-def _finish(grid: sns.FacetGrid, x: str, y: str) -> None:
+def finish(grid: sns.FacetGrid, x: str, y: str) -> None:
     grid.set_titles("{col_name}")
     grid.set_axis_labels(x, y)
     for axes in grid.axes.flat:
@@ -157,20 +157,20 @@ class Lines:
             # The longest line of a panel; of equals the last, which has the largest numbers.
             held, line = max(reversed(results.groups(points, others)), key=lambda found: len(found[1]))
             panels.append((describe(held, others) if others else "", rows[rows.point.isin(line)]))
-        shown, left_out = _panelled(panels)
+        shown, left_out = panelled(panels)
         shown = shown.astype({x: float})
         metric = results.report.metrics[self.metric]
         caption = f"Medians of {_rounds(shown)}; error bars from the smallest to the largest. {left_out}"
         if shown[x].nunique() == 1:
             grid = _bars(shown.assign(**{x: f"{spaced(x)} {shown[x].iloc[0]:g}"}), results, x, **_RANGE)
-            _finish(grid, "", label_with_unit(metric))
+            finish(grid, "", label_with_unit(metric))
             return Drawing(grid, metric.label, caption)
         grid = sns.relplot(
             shown, kind="line", x=x, y="value", hue="label", style="label", palette=_colors(results), col="panel",
             col_wrap=min(2, shown.panel.nunique()), height=2.7, aspect=1.9, markers=True, dashes=False,
             err_style="bars", facet_kws={"sharex": False}, **_RANGE,
         )  # fmt: skip
-        _finish(grid, spaced(x), label_with_unit(metric))
+        finish(grid, spaced(x), label_with_unit(metric))
         for axes, (_, drawn) in zip(grid.axes.flat, shown.groupby("panel", observed=True), strict=True):
             set_axes(axes, sorted(set(drawn[x])), x == "bytes", self.log_y)
         return Drawing(grid, f"{metric.label} against {spaced(x)}", caption)
@@ -200,10 +200,10 @@ class Percentiles:
                 own = of_point[of_point.metric.str.endswith(f"_{ending}")]
                 if len(own):
                     panels.append((f"{title}, {where}" if results.varying else title, own))
-        shown, left_out = _panelled(panels)
+        shown, left_out = panelled(panels)
         order = [label for label in _PERCENTILES.values() if (shown.percentile == label).any()]
         grid = _bars(shown, results, "percentile", wrap=4, sharey=False, order=order, **_RANGE)
-        _finish(grid, "", "ms")
+        finish(grid, "", "ms")
         caption = f"Medians of {_rounds(shown)}; error bars from the smallest to the largest. {left_out}"
         return Drawing(grid, "Latency percentiles", caption)
 
@@ -228,7 +228,7 @@ class SpeedUps:
                     panels.append((title + where, self._by_group(results, logs[logs.point.isin(points)])))
         if not panels:
             return None
-        shown, left_out = _panelled(panels)
+        shown, left_out = panelled(panels)
         wide = shown.group.nunique() * shown.system.nunique() > 24
         several = shown.groupby(["panel", "group", "system"], observed=True).size().max() > 1
         bars: dict[str, Any] = {
@@ -237,7 +237,7 @@ class SpeedUps:
         }
         grid = _bars(_labelled(results, shown), results, "group", wrap=1 if wide else 2, **bars)
         grid.refline(y=1, color="black", linewidth=1)
-        _finish(grid, "", "speed-up")
+        finish(grid, "", "speed-up")
         caption = "More than 1 (dashed: the baseline) is better. Geometric means over points and rounds; "
         caption += f"error bars: {CONFIDENCE:.0%} confidence intervals." if several else "no confidence intervals."
         return Drawing(grid, "Speed-up", f"{caption} {left_out}")
@@ -283,13 +283,13 @@ class Stack:
         for group, points in results.groups(rows.point, kept):
             medians = rows[rows.point.isin(points)].groupby(["label", "part"], observed=True, sort=False).value.median()
             panels.append((describe(group) if group else "", medians.reset_index()))
-        shown, left_out = _panelled(panels, 6)
+        shown, left_out = panelled(panels, 6)
         grid = sns.displot(
             shown, kind="hist", y="label", hue="part", weights="value", multiple="stack", shrink=0.7, col="panel",
             col_wrap=min(2, shown.panel.nunique()), palette=sns.color_palette("pastel", shown.part.nunique()),
             height=0.9 + 0.34 * shown.label.nunique(), aspect=2.2, facet_kws={"sharex": False},
         )  # fmt: skip
-        _finish(grid, label_with_unit(results.report.metrics[metrics[0]]) if self.part else self._axis(results), "")
+        finish(grid, label_with_unit(results.report.metrics[metrics[0]]) if self.part else self._axis(results), "")
         return Drawing(grid, self.title, f"Medians over the rounds. {left_out}")
 
     def _axis(self, results: Results) -> str:

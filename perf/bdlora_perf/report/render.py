@@ -9,6 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 
 from bdlora_perf.report.frame import Results, describe
 from bdlora_perf.report.kinds import LAYOUTS
+from bdlora_perf.report.paired import paired_tables
 from bdlora_perf.report.plots import Plot, draw_plots
 from bdlora_perf.report.schema import Failure, Report, save_report, write_atomically
 from bdlora_perf.report.tables import Table, median_tables, run_table, settings_table, speed_up_tables, systems_table
@@ -69,6 +70,7 @@ def _sections(report: Report) -> list[Section]:
         Section("Systems", (systems_table(report),)),
         Section("Plots", plots=tuple(draw_plots(results, LAYOUTS[report.kind].plots))),
         Section("Speed-up", tuple(speed_up_tables(results))),
+        Section("Paired differences", tuple(paired_tables(results, LAYOUTS[report.kind].paired))),
         Section("Estimates" if report.estimate else "Measurements", tuple(median_tables(results))),
         Section("Failures", logs=tuple(_log(report, failure) for failure in report.failures)),
         Section("Notes", texts=report.notes),

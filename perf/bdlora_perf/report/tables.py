@@ -107,11 +107,11 @@ def _speed_up_table(
         [mean_ratio(logs[(logs.system == name) & logs.point.isin(points)]) for name in systems] for _, points in groups
     ]
     rows = [
-        (*_point_cells(point, names), *map(format_ratio, row)) for (point, _), row in zip(groups, ratios, strict=True)
+        (*point_cells(point, names), *map(format_ratio, row)) for (point, _), row in zip(groups, ratios, strict=True)
     ]
     if len(groups) > 1:
         rows[-1] = ("geometric mean", *[""] * (len(names) - 1), *rows[-1][max(1, len(names)) :])
-    columns = (*_point_columns(names), *(results.report.systems[name].label for name in systems))
+    columns = (*point_columns(names), *(results.report.systems[name].label for name in systems))
     caption = _speed_up_caption(results.report.metrics[metric].better == "lower", [r for row in ratios for r in row])
     return Table(title, columns, tuple(rows), max(1, len(names)), caption)
 
@@ -145,10 +145,10 @@ def _median_table(results: Results, metric: str) -> Table:
     spread_rows = dict(zip(spreads.index, spreads.itertuples(index=False), strict=True))
     numbers = sorted(set(rows.point))
     cells = [
-        (*_point_cells(results.points[n], names), *(format_spread(spread_rows.get((n, name))) for name in systems))
+        (*point_cells(results.points[n], names), *(format_spread(spread_rows.get((n, name))) for name in systems))
         for n in numbers
     ]
-    columns = (*_point_columns(names), *(results.report.systems[name].label for name in systems))
+    columns = (*point_columns(names), *(results.report.systems[name].label for name in systems))
     caption = {"higher": "Higher is better. ", "lower": "Lower is better. ", None: ""}[described.better]
     if (spreads.rounds > 1).any():
         largest = spreads.iqr.groupby(level="point").max()
@@ -184,9 +184,9 @@ def _decimals(value: float) -> str:
     return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
 
 
-def _point_columns(names: Sequence[str]) -> tuple[str, ...]:
+def point_columns(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(spaced(name) for name in names) or ("",)
 
 
-def _point_cells(point: Point, names: Sequence[str]) -> tuple[str, ...]:
+def point_cells(point: Point, names: Sequence[str]) -> tuple[str, ...]:
     return tuple(format_value(point.get(name)) for name in names) or ("all points",)

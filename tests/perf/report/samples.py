@@ -270,6 +270,44 @@ def _swap() -> Report:
     return _report("swap", systems, metrics, baselines=("before",), samples=samples)
 
 
+def _quality() -> Report:
+    kinds = {
+        "lora": ("LoRA", "LoRA"),
+        "bd8-2r": ("BD-LoRA", "BD-LoRA, 8 blocks"),
+        "bd8-4r": ("BD-LoRA", "BD-LoRA, 8 blocks"),
+        "bd8-2r-peft": ("initial values", "BD-LoRA, 8 blocks, peft initial values"),
+        "healed-8": ("conversion", "converted, healed, 8 blocks"),
+    }
+    systems = {
+        name: System(label=f"Sample {name}", details={"kind": kind, "family": family})
+        for name, (kind, family) in kinds.items()
+    }
+    metrics = {
+        "loss": Metric(label="held-out loss", unit="nats", better="lower"),
+        "perplexity": Metric(label="held-out perplexity", unit="", better="lower"),
+        "accuracy": Metric(label="accuracy", unit="", better="higher"),
+        "parameters": Metric(label="parameters", unit=""),
+        "output_throughput": Metric(label="output throughput", unit="token/s"),
+    }
+    size = dict(zip(kinds, (1.0, 0.9, 1.8, 0.9, 0.9), strict=True))
+
+    def figures(system: str, point: Mapping[str, Value]) -> dict[str, float]:
+        parameters = size[system] * float(str(point["r"]))
+        if system == "bd8-4r" and parameters < 5:
+            return {}  # blocks do not divide the rank
+        loss = (2 if point["task"] == "code" else 1) + 1 / parameters
+        return {
+            "loss": loss, "perplexity": math.exp(loss), "accuracy": 0.9 - 1 / parameters,
+            "parameters": 1e5 * parameters, "output_throughput": 9000 / parameters,
+        }  # fmt: skip
+
+    samples = tuple(_samples(systems, _grid(task=("code", "json"), r=(2, 4, 8)), 5, figures, 0.01))
+    # The size of an adapter does not vary from seed to seed.
+    fixed = {"parameters": lambda s: round(1e5 * size[s.system] * float(str(s.point["r"])), 3)}
+    exact = [s.model_copy(update={"metrics": {**s.metrics, **{n: f(s) for n, f in fixed.items()}}}) for s in samples]
+    return _report("quality", systems, metrics, baselines=("lora",), samples=tuple(exact))
+
+
 _MAKERS: Mapping[Kind, Callable[[], Report]] = {
     "serve": _serve,
     "collectives": _collectives,
@@ -277,4 +315,5 @@ _MAKERS: Mapping[Kind, Callable[[], Report]] = {
     "estimate": _estimate,
     "engine": _engine,
     "swap": _swap,
+    "quality": _quality,
 }

@@ -159,6 +159,37 @@ def _expected(logs: np.ndarray) -> list[float]:
     return [float(np.exp(value)) for value in (np.mean(logs), interval.low, interval.high)]
 
 
+def test_paired_differences(reports: Mapping[str, Report], folders: Mapping[str, Path]) -> None:
+    """Each cell against scipy's paired t-test of the rounds, the p-values adjusted over the points."""
+    report = reports["quality"]
+    labels = {system.label: name for name, system in report.systems.items()}
+    columns, rows = _table(folders["quality"], "held-out loss [nats]: difference to Sample lora")
+    assert columns[:2] == ["task", "r"] and rows[-1][0] == "mean over all"
+    found, expected = [], []
+    of_mean: dict[str, list[np.ndarray]] = {}
+    for task, r, *cells in rows[:-1]:
+        own = np.array(_select(report, "lora", {"task": task, "r": r}, "loss"))
+        for label, cell in zip(columns[2:], cells, strict=True):
+            values = np.array(_select(report, labels[label], {"task": task, "r": r}, "loss"))
+            if not len(values):
+                assert cell == "-"
+                continue
+            of_mean.setdefault(label, []).append(values - own)
+            found.append(cell)
+            expected.append(stats.ttest_rel(values, own))
+    adjusted = stats.false_discovery_control([test.pvalue for test in expected])
+    means = [stats.ttest_1samp(np.mean(of_mean[label], axis=0), 0) for label in columns[2:]]
+    for cell, test, p in zip(
+        found + rows[-1][2:], expected + means, [*adjusted, *(test.pvalue for test in means)], strict=True
+    ):
+        interval = test.confidence_interval(0.95)
+        match = re.fullmatch(r"([-+.\d]+) \(([-+.\d]+) to ([-+.\d]+), p (=|<) ([.\d]+)\)", cell)
+        assert match, cell
+        shown = [float(match[i]) for i in (1, 2, 3)]
+        assert shown == pytest.approx([(interval.low + interval.high) / 2, interval.low, interval.high], abs=6e-5)
+        assert p < 0.001 if match[4] == "<" else float(match[5]) == pytest.approx(p, abs=6e-4)
+
+
 def test_one_round_has_no_interval_and_the_page_says_so(folders: Mapping[str, Path]) -> None:
     _, rows = _table(folders["estimate"], "Speed-up over S-LoRA: Time of a step")
     # By hand, decode at concurrency 1: (9 + 1.5 + 0.96 + 5.6 + 0.9) / (9 + 1.5 + 0 + 2 + 0.9) = 17.96 / 13.4.
@@ -181,6 +212,7 @@ def test_every_plot_of_a_page_is_a_file_and_back(folders: Mapping[str, Path]) ->
         "estimate": {"speed-up", "breakdown", "memory"},
         "engine": {"speed-up", "decode", "prefill", "bandwidth"},
         "swap": {"speed-up", "latency", "gap", "prepare"},
+        "quality": {"perplexity", "accuracy", "speed", "conversion", "initial-values"},
     }
     for kind, folder in folders.items():
         shown = re.findall(r"\]\(plots/(.*)\.svg\)", (folder / "report.md").read_text())

@@ -1,0 +1,166 @@
+"""``bdlora perf quality``: LoRA, BD-LoRA and conversions, trained and compared at equal parameters."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bdlora_cli.perf_output import check_output, finish
+from bdlora_sglang.errors import BDLoRAError
+
+if TYPE_CHECKING:
+    from bdlora_perf.quality.plan import QualityOptions
+
+
+def quality(
+    model: Annotated[Path, typer.Option(help="Folder of the base model.")],
+    data: Annotated[
+        list[Path], typer.Option(help="A task: .jsonl with prompt and completion, or a text file; repeatable.")
+    ],
+    methods: Annotated[
+        list[str] | None, typer.Option(help="lora, bd, truncated, calibrated, healed; comma or repeat. Default: all.")
+    ] = None,
+    ranks: Annotated[list[str] | None, typer.Option(help="r of LoRA; comma or repeat. Default: 4, 8 and 16.")] = None,
+    blocks: Annotated[list[str] | None, typer.Option(help="Of BD-LoRA; comma or repeat. Default: 8.")] = None,
+    multiples: Annotated[
+        list[str] | None, typer.Option(help="BD-LoRA's ranks over r, beside the matched one. Default: 2 and 4.")
+    ] = None,
+    init: Annotated[
+        list[str] | None,
+        typer.Option(help="Of a block-diagonal A: per-block, whole-layer or peft. The first is the main one."),
+    ] = None,
+    seeds: Annotated[list[str] | None, typer.Option(help="Comma or repeat. Default: 0 to 4.")] = None,
+    learning_rates: Annotated[
+        list[str] | None, typer.Option(help="Each method's best is taken. Default: 3e-4, 1e-3 and 3e-3.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Of training.")] = 200,
+    heal_steps: Annotated[int | None, typer.Option(min=1, help="Of healing. Default: a fifth of --steps.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples of a step.")] = 16,
+    sequence_length: Annotated[int, typer.Option(min=8, help="Tokens of an example at most.")] = 512,
+    target_modules: Annotated[str, typer.Option(help="attention or all.")] = "all",
+    scaling: Annotated[float, typer.Option(help="lora_alpha / r of every adapter.")] = 2.0,
+    validation_examples: Annotated[int, typer.Option(min=1, help="To choose the learning rate by.")] = 128,
+    test_examples: Annotated[int, typer.Option(min=1, help="To report.")] = 256,
+    calibration_tokens: Annotated[int, typer.Option(min=1, help="Of the training split.")] = 16384,
+    speed: Annotated[
+        Path | None, typer.Option(help="Throughput from this report of perf serve. Default: estimated.")
+    ] = None,
+    gpu: Annotated[str, typer.Option(help="Of the estimate.")] = "a100",
+    tp: Annotated[int | None, typer.Option(min=1, help="Of the estimate. Default: the largest of --blocks.")] = None,
+    device: Annotated[str | None, typer.Option(help="As torch names it. Default: a GPU, else the CPU.")] = None,
+    part: Annotated[
+        str, typer.Option(metavar="K/N", help="Do the K-th of N parts; parts may run side by side in one folder.")
+    ] = "1/1",
+    output: Annotated[Path, typer.Option(help="Folder for the runs and the report.")] = Path("perf-quality"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the runs in the folder.")] = False,
+) -> None:
+    """Fine-tune adapters with PEFT over seeds and learning rates; report loss, perplexity and accuracy.
+
+    LoRA of each rank, BD-LoRA of its parameters and of multiples of its rank, and what `bdlora convert lora2bd` makes
+    of the trained LoRA: truncated, calibrated, and healed by a short further fine-tune. The folder holds a file for
+    each finished run: copied to another machine, it goes on there with the same command and --resume.
+    """
+    check_output(output, force=True)
+
+    import torch
+
+    from bdlora_perf.quality.plan import QualityOptions, check_plan, make_plan
+    from bdlora_perf.quality.systems import METHODS
+
+    found = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    block_counts = _numbers("blocks", blocks, "8")
+    plan = make_plan(
+        model,
+        data,
+        methods=_words(methods, ",".join(METHODS)),
+        ranks=_numbers("ranks", ranks, "4,8,16"),
+        blocks=block_counts,
+        multiples=_numbers("multiples", multiples, "2,4"),
+        inits=_words(init, "per-block"),
+        seeds=_numbers("seeds", seeds, "0,1,2,3,4"),
+        learning_rates=_rates(learning_rates, "3e-4,1e-3,3e-3"),
+        target_modules=target_modules,
+        scaling=scaling,
+        steps=steps,
+        heal_steps=heal_steps or max(1, steps // 5),
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        validation_examples=validation_examples,
+        test_examples=test_examples,
+        calibration_tokens=calibration_tokens,
+        dtype="float32" if found == "cpu" else "bfloat16",
+    )
+    options = QualityOptions(
+        plan=plan,
+        model=model,
+        data={path.stem: path for path in data},
+        output=output,
+        device=found,
+        command=shlex.join(["bdlora", *sys.argv[1:]]),
+        part=_part(part),
+        speed=speed,
+        gpu=gpu,
+        tp=tp or max(block_counts),
+    )
+    check_plan(plan, output, resume)
+    _measure(options)
+
+
+def _measure(options: "QualityOptions") -> None:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+    from transformers.utils import logging
+
+    from bdlora_perf.quality.report import make_report, samples_of
+    from bdlora_perf.quality.sweep import Sweep
+    from bdlora_perf.report.run import Run
+
+    console = Console()
+    measured = Run(options.command, options.plan.seeds[0])
+    logging.disable_progress_bar()  # one for each time that a model is loaded
+    sweep = Sweep(options)
+    options.plan.save(options.output)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with (
+        measured.kept_when_interrupted(),
+        Progress(
+            *columns, TimeRemainingColumn(), console=console, refresh_per_second=1, speed_estimate_period=600
+        ) as progress,
+    ):
+        task = progress.add_task("preparing", total=sweep.num_runs)
+        try:
+            for run in sweep.runs():
+                progress.update(task, description=run.name)
+                if not sweep.is_finished(run):
+                    sweep.finish(run)
+                progress.advance(task)
+        finally:
+            measured.samples.extend(samples_of(sweep))
+    finish(console, make_report(sweep, measured), options.output)
+
+
+def _words(texts: list[str] | None, default: str) -> tuple[str, ...]:
+    return tuple(word.strip() for text in texts or [default] for word in text.split(","))
+
+
+def _numbers(flag: str, texts: list[str] | None, default: str) -> tuple[int, ...]:
+    try:
+        return tuple(map(int, _words(texts, default)))
+    except ValueError:
+        raise BDLoRAError(f"--{flag}: found {','.join(texts or [])!r}, expected whole numbers") from None
+
+
+def _rates(texts: list[str] | None, default: str) -> tuple[float, ...]:
+    try:
+        return tuple(map(float, _words(texts, default)))
+    except ValueError:
+        raise BDLoRAError(f"--learning-rates: found {','.join(texts or [])!r}, expected numbers") from None
+
+
+def _part(text: str) -> tuple[int, int]:
+    k, separator, n = text.partition("/")
+    if not (separator and k.isdecimal() and n.isdecimal() and 1 <= int(k) <= int(n)):
+        raise BDLoRAError(f"--part: found {text!r}, expected K/N as 1/2")
+    return int(k), int(n)

@@ -1,0 +1,147 @@
+"""Fine-tuning an adapter with PEFT, and what it then makes of held-out examples."""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from bdlora_perf.quality.data import Example, Task, make_batch, training_batches
+from bdlora_perf.quality.init import Init, initialise_like_lora
+from bdlora_perf.quality.systems import TARGETS, AdapterShape
+from bdlora_sglang.convert.options import DTYPES
+from bdlora_sglang.convert.sides import SIDES, TPSide
+from bdlora_sglang.errors import BDLoRAError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+# Usual for LoRA: a short linear warm-up, then down to zero along a line; no weight decay.
+_WARM_UP = 0.1
+_LARGEST_GRADIENT = 1.0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Of held-out examples.
+
+    ``loss``: mean negative log-likelihood of a target token, nats. ``token_accuracy``: the part of target tokens that
+    are the likeliest after those before. ``accuracy``: of a task with completions the part of them that greedy decoding
+    reproduces to the last token, its end included; of a text the same as ``token_accuracy``.
+    """
+
+    loss: float
+    accuracy: float
+    token_accuracy: float
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """A base model with its tokenizer, and how adapters are trained on it."""
+
+    base: Any
+    tokenizer: Any
+    device: torch.device
+    target: str
+    scaling: float
+    batch_size: int
+
+    @classmethod
+    def load(cls, folder: Path, device: str, dtype: str, target: str, scaling: float, batch_size: int) -> "Trainer":
+        """Raises `BDLoRAError` where transformers cannot load the folder's model and tokenizer."""
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            base = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype])
+            base = cast(Any, base).to(device)
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise BDLoRAError(f"--model {folder}: found {reason}, expected a causal language model") from error
+        if tokenizer.eos_token_id is None:
+            raise BDLoRAError(f"--model {folder}: found no end-of-sequence token, expected one to end completions with")
+        base.requires_grad_(False)
+        return cls(base, tokenizer, torch.device(device), target, scaling, batch_size)
+
+    def new_adapter(self, shape: AdapterShape, seed: int, init: Init) -> "PeftModel":
+        """A fresh adapter on a copy of the base model."""
+        from peft import get_peft_model
+
+        config = lora_config(shape, self.target, self.scaling)
+        return initialise_like_lora(get_peft_model(deepcopy(self.base), config), seed, init)
+
+    def read_adapter(self, folder: Path, trainable: bool = False) -> "PeftModel":
+        """PEFT's own reading of a saved adapter, on a copy of the base model."""
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(deepcopy(self.base), str(folder), is_trainable=trainable)
+
+    def train(self, model: "PeftModel", examples: Sequence[Example], steps: int, rate: float, seed: int) -> list[float]:
+        """Change the adapter in place; returns the loss of every step. ``seed`` decides the order of the examples."""
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+        warm = max(1, round(_WARM_UP * steps))
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min((step + 1) / warm, (steps - step) / max(1, steps - warm))
+        )
+        batches = training_batches(examples, self.batch_size, seed)
+        model.train()
+        losses = []
+        for _ in range(steps):
+            batch = make_batch(next(batches), self.tokenizer.eos_token_id, self.device)
+            logits = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
+            loss = cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch.labels[:, 1:].flatten())
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(parameters, _LARGEST_GRADIENT)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            losses.append(loss.item())
+        return losses
+
+    def evaluate(self, model: Any, task: Task, examples: Sequence[Example]) -> Evaluation:
+        """One forward over the examples. A loss that is no number is infinitely bad: training diverged."""
+        model.eval()
+        loss, tokens, hits, exact = 0.0, 0, 0, 0
+        with torch.inference_mode():
+            for start in range(0, len(examples), self.batch_size):
+                batch = make_batch(examples[start : start + self.batch_size], self.tokenizer.eos_token_id, self.device)
+                logits = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits[:, :-1].float()
+                labels = batch.labels[:, 1:]
+                wanted = labels >= 0
+                loss += float(cross_entropy(logits.transpose(1, 2), labels, reduction="sum"))
+                tokens += int(wanted.sum())
+                is_hit = logits.argmax(-1) == labels
+                hits += int((is_hit & wanted).sum())
+                # Greedy decoding gives the completion just when each of its tokens is the likeliest after those before.
+                exact += int((is_hit | ~wanted).all(-1).sum())
+        token_accuracy = hits / tokens
+        return Evaluation(loss / tokens, exact / len(examples) if task.exact else token_accuracy, token_accuracy)
+
+
+def lora_config(shape: AdapterShape, target: str, scaling: float) -> Any:
+    """PEFT's config; BD-LoRA's sides are those of `bdlora convert`."""
+    from peft import LoraConfig
+    from peft.tuners.lora.config import BdLoraConfig
+
+    modules = TARGETS[target]
+    blocks = None
+    if shape.nblocks > 1:
+        row, column = ([m for m in modules if SIDES[m] is side] for side in (TPSide.ROW, TPSide.COLUMN))
+        blocks = BdLoraConfig(target_modules_bd_a=row, target_modules_bd_b=column, nblocks=shape.nblocks)
+    alpha = scaling * shape.rank
+    return LoraConfig(
+        r=shape.rank,
+        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
+        target_modules=list(modules),
+        use_bdlora=blocks,
+        task_type="CAUSAL_LM",
+    )
+
+
+def count_parameters(model: "PeftModel") -> int:
+    """PEFT's own count of what is trained."""
+    return int(model.get_nb_trainable_parameters()[0])
