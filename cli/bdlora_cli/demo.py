@@ -151,7 +151,7 @@ def _equal_to_peft(model: Path, requests: Sequence[Request]) -> list[bool]:
     from bdlora_perf.synthetic.reference import PeftReference
 
     logging.disable_progress_bar()
-    # Beside other work, threads wait for each other at each of thousands of small products: 69 s instead of some ten.
+    # Beside other work, threads wait for each other at each of thousands of small products: 69 s instead of 6.
     torch.set_num_threads(1)
     reference = PeftReference(model)
 
