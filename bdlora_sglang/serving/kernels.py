@@ -52,10 +52,11 @@ class Slots(Protocol):
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Input and output features of a layer on this rank."""
+    """Input and output features of a layer on this rank; A of one that ``looks_up`` has a column for each token id."""
 
     inputs: int
     outputs: int
+    looks_up: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,7 @@ class BatchLimits:
 
 
 class Kernels(Protocol):
-    """What the pool and the backend ask of a device. ``segments`` are what `forward_with_base` of the same takes.
-
-    ``looks_up`` says whether there is an `add_embedding_delta`.
-    """
-
-    looks_up: bool
+    """What the pool and the backend ask of a device. ``segments`` are what `forward_with_base` of the same takes."""
 
     def allocate(self, num_slots: int, sizes: Mapping[str, SlotSize], dtype: torch.dtype) -> Slots:
         """Empty slots, with this room for each layer."""
@@ -122,8 +118,6 @@ def choose_kernels(device: torch.device, num_slots: int, needs_torch: bool, dete
 
 class TorchKernels:
     """Plain PyTorch: host-side segments, no CUDA graphs."""
-
-    looks_up = True
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

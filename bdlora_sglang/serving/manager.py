@@ -70,8 +70,6 @@ class BDLoRAManager(LoRAManager):
         refused: dict[str, str] = {}
         if self.sharding.exchanges:
             refused = dict.fromkeys(VOCABULARY, "--lora-sharding fully-sharded is for linear layers of the decoder")
-        elif not self.kernels.looks_up:
-            refused = {"embed_tokens": "LoRA on embeddings has no GPU kernel yet"}
         self.served = served_modules(self.base_model, self._hf_config, refused)
         super().init_lora_adapters(lora_paths)
 

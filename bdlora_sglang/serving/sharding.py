@@ -72,4 +72,6 @@ def layer_shape(name: str, layer: torch.nn.Module) -> LayerShape:
         return LayerShape(layer.input_size, sum(layer.output_partition_sizes))
     assert isinstance(layer, VocabParallelEmbedding), f"{name}: a {type(layer).__name__}"
     hidden, tokens = layer.embedding_dim, layer.num_embeddings_per_partition
-    return LayerShape(hidden, tokens) if module_key(name) == "lm_head" else LayerShape(tokens, hidden)
+    if module_key(name) == "lm_head":
+        return LayerShape(hidden, tokens)
+    return LayerShape(tokens, hidden, looks_up=True)

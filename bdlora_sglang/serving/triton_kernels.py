@@ -9,14 +9,18 @@ import torch
 from bdlora_kernels import DeviceFactors, DeviceSlots, LayerFactors, SegmentTable, SlotSize
 from bdlora_kernels.configurations import DECODE_TOKENS, device_configurations
 from bdlora_kernels.device_slots import ALL_LAYERS
-from bdlora_kernels.launch import Scratch, forward_with_base, make_second_stream, shape_of
+from bdlora_kernels.launch import (
+    Scratch,
+    add_embedding_delta_triton,
+    forward_with_base,
+    make_second_stream,
+    shape_of,
+)
 from bdlora_sglang.serving.kernels import INTERPRETED, NO_SLOT, BatchLimits, LayerShape, Slots, pins_memory
 
 
 class TritonKernels:
     """Triton's segment kernels. All that they read stands at fixed addresses: captured or not, the call is the same."""
-
-    looks_up = False
 
     def __init__(self, device: torch.device, num_slots: int, deterministic: bool = False) -> None:
         """``deterministic``: a token's result is the same whatever else is in its batch (batch-invariant)."""
@@ -97,9 +101,14 @@ class TritonKernels:
 
     def _launch_empty(self, name: str, shape: LayerShape, tokens: int) -> None:
         """No token is in a slot: nothing is read or written, so one row stands for all."""
-        x_TI, y_TO = (self._slots.zeros(1, size).expand(tokens, size) for size in (shape.inputs, shape.outputs))
+        factors, y_TO = self._slots.layers[name], self._slots.zeros(1, shape.outputs).expand(tokens, shape.outputs)
         batch = replace(self.segments([NO_SLOT], [tokens], graph=None), active_layers=ALL_LAYERS)
-        self.forward_with_base(lambda: y_TO, shape.outputs, x_TI, self._slots.layers[name], batch)
+        if shape.looks_up:
+            ids_T = torch.zeros(tokens, dtype=torch.int64, device=self._device)
+            self.add_embedding_delta(y_TO, ids_T, 0, factors, batch)
+        else:
+            x_TI = self._slots.zeros(1, shape.inputs).expand(tokens, shape.inputs)
+            self.forward_with_base(lambda: y_TO, shape.outputs, x_TI, factors, batch)
 
     def _launch_key(self, name: str, shape: LayerShape) -> object:
         tables = self._slots.layers[name].tables
@@ -118,7 +127,11 @@ class TritonKernels:
     def add_embedding_delta(
         self, y_TO: torch.Tensor, ids_T: torch.Tensor, first_id: int, factors: LayerFactors, segments: Any
     ) -> None:
-        raise AssertionError("`looks_up` is asked first")
+        assert isinstance(factors, DeviceFactors) and isinstance(segments, _DeviceBatch)
+        if len(ids_T) and segments.active_layers >> factors.index & 1:
+            tables, batch = factors.tables, (segments.table, segments.scratch)
+            configuration = self._configurations.choose(shape_of(y_TO, y_TO.shape[1], tables, segments.table))
+            add_embedding_delta_triton(y_TO, ids_T, first_id, factors, tables, *batch, configuration)
 
 
 def token_counts(most: int) -> list[int]:

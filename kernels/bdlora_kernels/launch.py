@@ -12,8 +12,9 @@ import torch
 
 from bdlora_kernels.configurations import Configuration, Configurations, Shape, device_configurations
 from bdlora_kernels.layout import LayerFactors
-from bdlora_kernels.tables import ExpandTable, SegmentTable, SliceTables
+from bdlora_kernels.tables import ExpandTable, SegmentTable, ShrinkTable, SliceTables
 from bdlora_kernels.triton_expand import expand_kernel
+from bdlora_kernels.triton_lookup import lookup_kernel
 from bdlora_kernels.triton_shrink import shrink_kernel
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -82,6 +83,22 @@ def add_lora_delta_triton(
     forward_with_base(
         lambda: y_TO, y_TO.shape[1], x_TI, factors, tables, segments, scratch, configuration, second_stream=None
     )
+
+
+def add_embedding_delta_triton(
+    y_TO: torch.Tensor,
+    ids_T: torch.Tensor,
+    first_id: int,
+    factors: LayerFactors,
+    tables: SliceTables,
+    segments: SegmentTable,
+    scratch: Scratch,
+    configuration: Configuration,
+) -> None:
+    """``y[t] += scaling * A[:, ids[t] - first_id] @ B.T`` in place, for each token t of an A that has its column."""
+    h_TR = scratch.h_TR(len(ids_T), tables.h_size)
+    lookup_launch(h_TR, ids_T, first_id, factors.a_SE, tables.shrink, segments).run()
+    expand_launch(y_TO, h_TR, factors.b_SE, tables.expand, segments, configuration).run()
 
 
 def forward_with_base(
@@ -193,6 +210,28 @@ def shrink_launch(
     )  # fmt: skip
 
 
+def lookup_launch(
+    h_TR: torch.Tensor,
+    ids_T: torch.Tensor,
+    first_id: int,
+    a_SE: torch.Tensor,
+    table: ShrinkTable,
+    segments: SegmentTable,
+) -> Launch:
+    """``h[t, rows] = A[:, ids[t] - first_id]``, 0 where A has no such column."""
+    assert ids_T.shape == h_TR.shape[:1] and ids_T.is_contiguous(), (ids_T.shape, ids_T.stride(), h_TR.shape)
+    assert not ids_T.is_floating_point() and len(ids_T) <= segments.max_tokens, (ids_T.dtype, segments.max_tokens)
+    return Launch(
+        lookup_kernel,
+        (segments.max_tiles(len(ids_T)),),
+        (
+            h_TR, ids_T, a_SE, segments.tiles_GF, segments.tokens_T, table.entries_SEF,
+            first_id, a_SE.stride(0), h_TR.stride(0), table.entries_SEF.stride(0),
+        ),
+        {"BLOCK_T": segments.block_tokens, "BLOCK_R": table.block_rank},
+    )  # fmt: skip
+
+
 def expand_launch(
     y_TO: torch.Tensor,
     h_TR: torch.Tensor,
@@ -203,7 +242,7 @@ def expand_launch(
 ) -> Launch:
     """``y[t, outputs] += scaling * h[t, columns] @ B.T`` in place, for each slice of the token's slot.
 
-    With ``configuration.pdl`` the kernel before it on the stream must be the shrink that wrote ``h_TR``.
+    With ``configuration.pdl`` the kernel before it on the stream must be the one that wrote ``h_TR``.
     """
     _check(h_TR, y_TO, b_SE, table.entries_SEF, segments)
     tokens_at_once = min(configuration.tokens_at_once, segments.block_tokens)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from bdlora_kernels.configurations import Configuration, load_configurations
-from bdlora_kernels.launch import Launch, Scratch, expand_launch, shape_of, shrink_launch
+from bdlora_kernels.launch import Launch, Scratch, expand_launch, lookup_launch, shape_of, shrink_launch
 from bdlora_kernels.layout import LayerFactors
 from bdlora_kernels.tables import SegmentTable, SliceTables
 from bdlora_perf.kernels.absent_gpu import Launched, absent_gpu
@@ -62,6 +62,17 @@ def compiled(layer: Layer, capability: int) -> list[Launched]:
         for launch in launches(layer, capability):
             launch.run()
     return launched
+
+
+def compiled_lookup(layer: Layer, capability: int) -> Launched:
+    """Of an embedding of ``inputs`` tokens."""
+    _, _, _, factors, tables, segments, scratch = _prepare(layer, capability)
+    ids = torch.empty(layer.tokens, dtype=torch.int64, device=META)
+    with absent_gpu(capability) as launched:
+        h = scratch.h_TR(layer.tokens, tables.h_size)
+        lookup_launch(h, ids, 17, factors.a_SE, tables.shrink, segments).run()
+    (only,) = launched
+    return only
 
 
 def layers_in_use(dtype: torch.dtype) -> Iterator[Layer]:

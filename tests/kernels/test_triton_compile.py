@@ -17,7 +17,7 @@ from bdlora_kernels.configurations import ARCHITECTURES
 from bdlora_kernels.triton_expand import expand_kernel
 from bdlora_kernels.triton_shrink import shrink_kernel
 from bdlora_perf.kernels.absent_gpu import Launched
-from tests.kernels.compiling import Layer, compiled, configuration_of, layers_in_use
+from tests.kernels.compiling import Layer, compiled, compiled_lookup, configuration_of, layers_in_use
 
 each_architecture = pytest.mark.parametrize("capability", ARCHITECTURES, ids="sm_{}".format)
 
@@ -41,6 +41,13 @@ def test_registers_and_occupancy(capability: int, dtype: torch.dtype) -> None:
         assert code.stack == 0, f"{code.name} spills {code.stack} bytes in {layer}"
         expected = PROGRAMS[code.name][0 if layer.decode and layer.slices * layer.rank <= 32 else 1]
         assert resident(launched) >= expected, f"{code.name}: {code.registers} registers in {layer}"
+
+
+@each_architecture
+def test_an_embedding_is_looked_up_without_spills(capability: int) -> None:
+    for decode, tokens in ((True, 64), (False, 8192)):
+        code = compiled_lookup(Layer(tokens, 8, 16032, 4096, 1, 64, decode=decode), capability).code
+        assert code.stack == 0, f"spills {code.stack} bytes"
 
 
 @pytest.mark.full

@@ -29,6 +29,7 @@ if not RUNNABLE:
 from bdlora_kernels.configurations import DECODE_TOKENS, Configuration, load_configurations
 from bdlora_kernels.launch import (
     Scratch,
+    add_embedding_delta_triton,
     add_lora_delta_triton,
     expand_launch,
     forward_with_base,
@@ -278,3 +279,30 @@ def test_launchers_refuse(broken: str) -> None:
     scratch = Scratch.allocate(4, 2, 4, DEVICE)
     with pytest.raises(AssertionError):
         add_lora_delta_triton(y, x, layer.factors, layer.tables, segments, scratch, NO_SPLITS)
+
+
+@each_dtype
+@pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("first_id", [0, 7])
+def test_an_embeddings_factors_are_looked_up(dtype: torch.dtype, ids_dtype: torch.dtype, first_id: int) -> None:
+    """Against products with one-hot rows: several ranks, an empty slot, the base model, ids that are another rank's."""
+    vocabulary = INPUTS
+    windows = [[Window(range(vocabulary), range(OUTPUTS), rank)] if rank else [] for rank in (3, 0, 24, 80)]
+    layer = make_layer(windows, dtype)
+    requests = [(2, 1), (0, 19), (BASE, 3), (3, 1), (1, 2), (2, 17)]
+    tokens = sum(length for _, length in requests)
+    generator = torch.Generator().manual_seed(2)
+    ids_T = torch.randint(0, vocabulary + first_id + 5, (tokens,), generator=generator)
+    columns_T = ids_T - first_id
+    own_T = (columns_T >= 0) & (columns_T < vocabulary)
+    assert own_T.any() and not own_T.all()
+    one_hot_TI = torch.nn.functional.one_hot(columns_T.clamp(0, vocabulary - 1), vocabulary) * own_T[:, None]
+    y_TO = torch.randn(tokens, OUTPUTS, generator=generator).to(dtype)
+    segments = segment_table(requests, len(windows))
+    scratch = make_scratch(segments, layer.tables.h_size, NO_SPLITS)
+    result_TO = y_TO.to(DEVICE, copy=True)
+    tables = layer.tables, segments, scratch
+    add_embedding_delta_triton(
+        result_TO, ids_T.to(DEVICE, ids_dtype), first_id, layer.factors, *tables, configuration=NO_SPLITS
+    )
+    assert_close(result_TO.cpu(), y_TO, one_hot_TI.to(dtype), layer.unpacked, requests)

@@ -14,7 +14,8 @@ from tests.serving.zoo import Zoo
 # The interpreter takes seconds for what a GPU does in microseconds.
 NEW_TOKENS = 2
 PROMPT = [11, 23, 5]
-GIVEN, LATE = ("plain-r5-rslora", "bd3-r12", "bd8-r16"), "plain-r16"
+# "ends": on the embedding, which is looked up, and on the output head.
+GIVEN, LATE = ("plain-r5-rslora", "bd3-r12", "bd8-r16", "ends"), "plain-r16"
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def engine(zoo: Zoo, tmp_path: Path) -> Iterator[Any]:
         scheduler_class = GraphTablesScheduler
 
     model = zoo.model("llama", num_hidden_layers=1)
-    adapters = zoo.adapters(model, but={"bd2-v-down-layer1", "bd4-patterns-rslora"})
+    adapters = _adapters(zoo, model)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         patch.setenv(TABLES_FILE, str(tmp_path / "tables"))
@@ -33,7 +34,6 @@ def engine(zoo: Zoo, tmp_path: Path) -> Iterator[Any]:
             model_path=str(model),
             dtype="float32",
             lora_paths=[f"{name}={adapters[name]}" for name in GIVEN],
-            lora_target_modules=["all"],
             max_lora_rank=16,
             max_loras_per_batch=3,  # fewer slots than adapters: slots are written again
             skip_tokenizer_init=True,
@@ -44,13 +44,18 @@ def engine(zoo: Zoo, tmp_path: Path) -> Iterator[Any]:
     atexit.unregister(engine.shutdown)
 
 
+def _adapters(zoo: Zoo, model: Path) -> dict[str, Path]:
+    ends = zoo.adapter(model, "ends", seed=70, rank=6, target_modules=["embed_tokens", "lm_head", "q_proj"])
+    return {**zoo.adapters(model, but={"bd2-v-down-layer1", "bd4-patterns-rslora"}), "ends": ends}
+
+
 def test_tokens_equal_peft(engine: Any, zoo: Zoo, tmp_path: Path) -> None:
     """Adapters of every kind and the base model, batch after batch in the same tables; one adapter comes later."""
     model = zoo.model("llama", num_hidden_layers=1)
-    adapters = zoo.adapters(model, but={"bd2-v-down-layer1", "bd4-patterns-rslora"})
+    adapters = _adapters(zoo, model)
     reference = PeftReference(model)
     assert engine.load_lora_adapter(LATE, str(adapters[LATE])).success
-    for names in ([None, *GIVEN, LATE], [LATE, "bd3-r12"], ["bd8-r16"], [None, LATE]):
+    for names in ([None, *GIVEN, LATE], [LATE, "bd3-r12"], ["bd8-r16", "ends"], [None, "ends"]):
         answers = engine.generate(
             input_ids=[PROMPT] * len(names),
             lora_path=names,
