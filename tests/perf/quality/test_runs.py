@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
+from bdlora_cli.perf_quality import quality
 from bdlora_perf.quality.data import load_task
 from bdlora_perf.quality.folder import Cell, Trial
 from bdlora_perf.quality.plan import QualityOptions
@@ -17,7 +20,7 @@ from bdlora_perf.quality.report import make_report, samples_of
 from bdlora_perf.quality.sweep import Sweep
 from bdlora_perf.quality.systems import AdapterShape
 from bdlora_perf.report import run as measurement
-from bdlora_perf.report.schema import Report
+from bdlora_perf.report.schema import Report, load_report
 from bdlora_sglang.convert import ConvertOptions, RankChoice, lora2bd
 from bdlora_sglang.errors import BDLoRAError
 from tests.perf.quality.conftest import COMMAND, FIELDS
@@ -155,3 +158,25 @@ def test_the_learning_rate_is_the_validation_split_s(finished: Sweep) -> None:
     best = min(results, key=lambda rate: results[rate].validation_loss)  # type: ignore[union-attr]
     chosen = finished.chosen_run(cell, 1)
     assert chosen is not None and chosen.learning_rate == best
+
+
+def test_the_command_and_its_second_half(model: Path, data: list[Path], tmp_path: Path) -> None:
+    """One part, then the rest with --resume; the folder is not begun anew."""
+    app = typer.Typer()
+    app.command()(quality)
+    output = tmp_path / "runs"
+    words = "--ranks 4 --blocks 2 --methods lora,bd --multiples 3 --seeds 0,1 --learning-rates 1e-2 --steps 2 --tp 2 "
+    words += "--sequence-length 32 --validation-examples 8 --test-examples 8"
+    command = [*words.split(), "--model", str(model), "--output", str(output)]
+    command += [word for path in data for word in ("--data", str(path))]
+    first = CliRunner().invoke(app, [*command, "--part", "1/2"])
+    assert first.exit_code == 0, first.output
+    # A part is a task here: LoRA, matched and 3r with two seeds.
+    assert len(load_report(output).samples) == 6
+    second = CliRunner().invoke(app, [*command, "--resume"])
+    assert second.exit_code == 0, second.output
+    report = load_report(output)
+    assert len(report.samples) == 12 and {sample.point["task"] for sample in report.samples} == {"sums", "story"}
+    assert not any("missing" in note for note in report.notes)
+    again = CliRunner().invoke(app, command)
+    assert isinstance(again.exception, BDLoRAError) and "found runs there" in str(again.exception)
