@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import psutil
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -12,16 +11,13 @@ from bdlora_perf.engine import bandwidth
 from bdlora_perf.engine.bandwidth import shape_of, step_bytes
 from bdlora_perf.report.schema import load_report
 from bdlora_sglang.errors import BDLoRAError
+from tests.processes import servers
 
 app = typer.Typer()
 app.command()(engine)
 
 _TINY = "--hidden-size 512 --layers 1 --tp 1 --dtype float32 --adapters 2 --rank 4 --input-len 8"
 _SIZES = "--requests 3 --requests 1 --decode-steps 16 --rounds 2"
-
-
-def servers() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children(recursive=True) if "bdlora_cli" in " ".join(p.cmdline())]
 
 
 def test_two_systems_on_one_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

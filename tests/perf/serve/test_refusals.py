@@ -22,6 +22,7 @@ from bdlora_perf.serve.workload import Sweep
 from bdlora_sglang.errors import BDLoRAError
 from tests.perf.report.samples import make_report
 from tests.perf.serve.test_adapters import largest_file
+from tests.processes import servers
 
 app = typer.Typer()
 app.command()(serve)
@@ -159,5 +160,4 @@ def test_adapter_that_fails_to_load(tmp_path: Path) -> None:
         BDLoRAError, match=r"(?s)bd-2r: the server ended with exit code 1.*lora_B.weight.*expected.*2 blocks"
     ):
         run_benchmark(options, Silent())
-    left = [p for p in psutil.Process().children(recursive=True) if "bdlora_cli" in " ".join(p.cmdline())]
-    assert left == []
+    assert servers() == []

@@ -11,7 +11,7 @@ from tests.serving.zoo import PROMPTS
 
 def test_random_loads_uses_and_unloads(served: Served) -> None:
     """Several clients for a while (BDLORA_STRESS_SECONDS): every answer right, memory flat."""
-    seconds = float(os.environ.get("BDLORA_STRESS_SECONDS", "30"))
+    seconds = float(os.environ.get("BDLORA_STRESS_SECONDS", "15"))
     paths = list(served.adapters.values())
     for path in paths:
         served.expected(path, PROMPTS[0])  # PEFT is asked before the clock starts

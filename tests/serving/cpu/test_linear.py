@@ -57,7 +57,7 @@ def test_types_that_cannot_be_packed_stay() -> None:
         assert not linear.can_pack(weight)
 
 
-@pytest.fixture(scope="module", params=["llama", "gemma"])  # gemma's embeddings are tied
+@pytest.fixture(scope="module", params=[pytest.param("llama", marks=pytest.mark.full), "gemma"])  # tied embeddings
 def engine(request: pytest.FixtureRequest, zoo: Zoo) -> Iterator[tuple[Any, Path, Path]]:
     from bdlora_sglang import Engine
 
