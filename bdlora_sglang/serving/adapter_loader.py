@@ -7,6 +7,7 @@ read in the same order: so each takes the adapter over at the same point, and no
 
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, wait
@@ -24,6 +25,9 @@ logger = logging.getLogger(__name__)
 
 # On a machine whose cores are all busy, the forward goes first.
 _NICENESS = 10
+# Python lets a thread keep the interpreter for 5 ms when another wants it. A forward comes back to the interpreter after
+# each of its hundreds of operations, and would wait so long each time.
+_SWITCH_SECONDS = 1e-4
 
 T = TypeVar("T")
 
@@ -93,6 +97,7 @@ class AdapterLoader(Generic[T]):
         # As if by the user: a thread may not be as polite as that everywhere.
         with suppress(OSError, AttributeError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+        sys.setswitchinterval(_SWITCH_SECONDS)
         self._start_thread()
         while True:
             job = self._jobs.get()
