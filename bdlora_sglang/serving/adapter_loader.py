@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 
 # On a machine whose cores are all busy, the forward goes first.
 _NICENESS = 10
-# Python lets a thread keep the interpreter for 5 ms when another wants it. A forward comes back to the interpreter after
-# each of its hundreds of operations, and would wait so long each time.
+# Python lets a thread keep the interpreter for 5 ms when another wants it. A forward comes back to it after each of its
+# hundreds of operations, and would wait so long each time.
 _SWITCH_SECONDS = 1e-4
 
 T = TypeVar("T")
