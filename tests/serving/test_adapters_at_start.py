@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,7 @@ from tests.serving.zoo import PROMPTS, Zoo
 NEW_TOKENS = 6
 
 
-@pytest.fixture(autouse=True)
-def same_environment() -> Iterator[None]:
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
+pytestmark = pytest.mark.usefixtures("same_environment")
 
 
 @pytest.fixture

@@ -1,10 +1,8 @@
 """The table of SGLang's features: what it refuses is refused however it is asked for, and the README shows it."""
 
-import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,12 +36,7 @@ VALUES: dict[str, Any] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def same_environment() -> Iterator[None]:
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
+pytestmark = pytest.mark.usefixtures("same_environment")
 
 
 def _asked(*statuses: Status) -> list[Any]:

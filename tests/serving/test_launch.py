@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,7 @@ from bdlora_sglang.errors import BDLoRAError
 from bdlora_sglang.model_names import MODEL_NAMES, resolve_model
 from tests.serving.zoo import Zoo
 
-
-@pytest.fixture(autouse=True)
-def same_environment() -> Iterator[None]:
-    """Choosing the CPU platform sets environment variables, for the children of a real launch."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
+pytestmark = pytest.mark.usefixtures("same_environment")
 
 
 @pytest.fixture

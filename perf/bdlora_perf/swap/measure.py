@@ -8,7 +8,7 @@ longest gap is what loading costs others.
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -147,9 +147,13 @@ class _Turn:
 
     def _cpu_seconds(self) -> float:
         """Of all schedulers, waiting for one another included."""
-        children = psutil.Process(self.server.pid).children(recursive=True)
-        times = [child.cpu_times() for child in children if "scheduler" in " ".join(child.cmdline())]
-        return float(sum(own.user + own.system for own in times))
+        seconds = 0.0
+        for child in psutil.Process(self.server.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):  # some end meanwhile, and stay as zombies
+                if "scheduler" in " ".join(child.cmdline()):
+                    own = child.cpu_times()
+                    seconds += own.user + own.system
+        return seconds
 
 
 def _percentile(values: list[float], percent: int) -> float:
