@@ -20,7 +20,7 @@ from bdlora_sglang.adapter import Adapter, LoRAModule
 from bdlora_sglang.adapter.fully_sharded import read_column_parallel, read_row_parallel
 from bdlora_sglang.adapter.shard import even_cut
 from bdlora_sglang.serving.kernels import Kernels
-from bdlora_sglang.serving.served_modules import ServedModule
+from bdlora_sglang.serving.module_parts import ServedModule
 from bdlora_sglang.serving.sharding import LocalPlan
 
 

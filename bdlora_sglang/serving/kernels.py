@@ -23,6 +23,7 @@ from bdlora_kernels.segments import FEW_TOKENS
 from bdlora_sglang.errors import BDLoRAError
 
 NO_SLOT = -1  # the base model: its tokens cost nothing
+NO_EXPERTS = "LoRA on MoE experts is served on a CPU alone: on a GPU, one kernel of SGLang's computes all of them"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -69,6 +70,10 @@ class BatchLimits:
 
 class Kernels(Protocol):
     """What the pool and the backend ask of a device. ``segments`` are what `forward_with_base` of the same takes."""
+
+    @property
+    def no_experts(self) -> str | None:
+        """Why they compute no LoRA in the middle of an MoE layer, where they do not."""
 
     def allocate(self, num_slots: int, sizes: Mapping[str, SlotSize], dtype: torch.dtype) -> Slots:
         """Empty slots, with this room for each layer."""
@@ -122,6 +127,10 @@ class TorchKernels:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._last: tuple[Any, Any] = None, None
+
+    @property
+    def no_experts(self) -> str | None:
+        return None if self._device.type == "cpu" else NO_EXPERTS
 
     def allocate(self, num_slots: int, sizes: Mapping[str, SlotSize], dtype: torch.dtype) -> Slots:
         return EagerSlots(num_slots, sizes, dtype, self._device, pins_memory(self._device))

@@ -16,7 +16,7 @@ from bdlora_kernels.launch import (
     make_second_stream,
     shape_of,
 )
-from bdlora_sglang.serving.kernels import INTERPRETED, NO_SLOT, BatchLimits, LayerShape, Slots, pins_memory
+from bdlora_sglang.serving.kernels import INTERPRETED, NO_EXPERTS, NO_SLOT, BatchLimits, LayerShape, Slots, pins_memory
 
 
 class TritonKernels:
@@ -32,6 +32,10 @@ class TritonKernels:
         self._scratch: Scratch | None = None
         self._scratch_tokens = 0
         self._tables: dict[str, _Table] = {}
+
+    @property
+    def no_experts(self) -> str | None:
+        return NO_EXPERTS
 
     def allocate(self, num_slots: int, sizes: Mapping[str, SlotSize], dtype: torch.dtype) -> Slots:
         self._slots = DeviceSlots(num_slots, sizes, dtype, self._device, pins_memory(self._device))

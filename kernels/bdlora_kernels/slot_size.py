@@ -1,6 +1,7 @@
 """How much room one slot of one layer has."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import Protocol
 
@@ -46,6 +47,11 @@ class SlotSize:
     def __bool__(self) -> bool:
         """Whether there is room for anything at all."""
         return self.ranks > 0
+
+    @classmethod
+    def largest(cls, sizes: Iterable["SlotSize"]) -> "SlotSize":
+        """Large enough for whatever fits any of them."""
+        return functools.reduce(cls.max, sizes, cls())
 
     def max(self, other: "SlotSize") -> "SlotSize":
         """Large enough for whatever fits either."""
