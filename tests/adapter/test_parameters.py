@@ -17,7 +17,7 @@ from bdlora_sglang.adapter.shard import even_cut
 from bdlora_sglang.convert import ConvertOptions, RankChoice, lora2bd
 from bdlora_sglang.errors import AdapterError
 
-EXPERTS, HIDDEN, INTERMEDIATE = 3, 8, 10
+EXPERTS, HIDDEN, INTERMEDIATE = 3, 8, 12
 WEIGHTS = "adapter_model.safetensors"
 
 
@@ -129,7 +129,7 @@ KEY = "base_model.model.layers.0.experts.lora_"
         ({"target_parameters": ["gate_up_proj_bias"]}, {}, "found 'gate_up_proj_bias', expected the 'weight'"),
         ({"target_parameters": "experts.down_proj", "use_bdlora": {"nblocks": 2}}, {}, "use_bdlora, too"),
         ({"target_parameters": [1]}, {}, "a list of strings"),
-        ({"r": 5}, {}, r"shape: found \(12, 10\), expected \(a multiple of 5"),
+        ({"r": 5}, {}, r"shape: found \(12, 12\), expected \(a multiple of 5"),
         ({}, {f"{KEY}B.weight": torch.ones(8, 4)}, r"shape: found \(8, 4\), expected \(\*, 12\): rank 4 of each"),
     ],
     ids=["bias", "bdlora", "number", "rank", "columns"],

@@ -4,18 +4,21 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from bdlora_kernels import EagerSlots, HostBlock
+from bdlora_kernels import EagerSlots
 from bdlora_perf.synthetic.reference import PeftReference
 from bdlora_sglang.adapter import Adapter
+from bdlora_sglang.errors import AdapterError, BDLoRAError
 from tests.adapter.test_parameters import EXPERTS, HIDDEN, INTERMEDIATE, saved
 from tests.serving.test_families import Case, Family, engine_of
 from tests.serving.test_layers import as_rank
+from tests.serving.test_proof import Alone
 from tests.serving.test_served_modules import _tree
 from tests.serving.zoo import Zoo
 
@@ -169,6 +172,10 @@ def test_tokens_and_logprobs_equal_peft(
 
 SWIGLU = {"gemm1_alpha": 1.702, "gemm1_clamp_limit": 7.0, "with_bias": True}  # gpt-oss
 TOKENS, TOP_K = 9, 2
+ZEROS = {
+    "gate_up_proj": torch.zeros(EXPERTS, 2 * INTERMEDIATE, HIDDEN),
+    "down_proj": torch.zeros(EXPERTS, HIDDEN, INTERMEDIATE),
+}
 
 
 def _layer(weights: dict[str, torch.Tensor], rank: int, tp: int, options: dict[str, Any]) -> Any:
@@ -191,7 +198,7 @@ def _layer(weights: dict[str, torch.Tensor], rank: int, tp: int, options: dict[s
     return layer
 
 
-@pytest.mark.parametrize("tp", [1, 2, 5])
+@pytest.mark.parametrize("tp", [1, 2, 4])
 @pytest.mark.parametrize("options", [{}, SWIGLU, {"activation": "gelu"}], ids=["silu", "gpt-oss", "gelu"])
 def test_a_layer_is_the_merged_one(as_rank: Any, tmp_path: Path, options: dict[str, Any], tp: int) -> None:
     """The ranks' outputs add up to that of SGLang's own layer with the adapter merged by PEFT, token by token."""
@@ -224,43 +231,70 @@ def test_a_layer_is_the_merged_one(as_rank: Any, tmp_path: Path, options: dict[s
     assert (with_lora - base).abs().max() > 0.1
 
 
+def _manager(layer: Any) -> SimpleNamespace:
+    """What the proof asks of a manager, with two slots of rank 4 for the layer's experts."""
+    from bdlora_sglang.serving.backend import BDLoRABackend
+    from bdlora_sglang.serving.communication_free import CommunicationFree
+    from bdlora_sglang.serving.kernels import TorchKernels
+    from bdlora_sglang.serving.layers import wrap_layer
+    from bdlora_sglang.serving.served_modules import served_modules
+
+    cpu, sharding = torch.device("cpu"), CommunicationFree()
+    served = served_modules(_tree({"layers.0.experts": layer}), object())
+    backend, kernels = BDLoRABackend(2, cpu), TorchKernels(cpu)
+    backend.use(sharding, kernels)
+    wrapped = wrap_layer("layers.0.experts", layer, backend)
+    projections = {name: wrapped.projection(name) for name in sorted(served.layers)}
+    sizes = {name: sharding.slot_size(name, projection.base_layer, 4) for name, projection in projections.items()}
+    slots = EagerSlots(2, sizes, torch.float32, cpu, pin_memory=False)
+    for name, projection in projections.items():
+        projection.set_lora_info(slots.layers[name])
+    return SimpleNamespace(
+        memory_pool=SimpleNamespace(slots=slots, check_fits=lambda plan: None),
+        lora_modules=[projections],
+        served=served,
+        sharding=sharding,
+        kernels=kernels,
+        lora_backend=backend,
+        dtype=torch.float32,
+        device=cpu,
+        wrapped=wrapped,
+    )
+
+
 def _with_lora(layer: Any, folder: Path, slots: list[int]) -> Any:
     """The layer, wrapped, with the adapter in slot 0 and a batch of one token a slot."""
     import numpy as np
 
-    from bdlora_sglang.serving.backend import BatchInfo, BDLoRABackend
-    from bdlora_sglang.serving.communication_free import CommunicationFree
+    from bdlora_sglang.serving.backend import BatchInfo
     from bdlora_sglang.serving.head_rows import HeadRows
-    from bdlora_sglang.serving.kernels import TorchKernels
-    from bdlora_sglang.serving.layers import wrap_layer
     from bdlora_sglang.serving.local_adapter import plan_adapter, read_adapter
-    from bdlora_sglang.serving.served_modules import served_modules
 
-    served = served_modules(_tree({"layers.0.experts": layer}), object())
+    manager = _manager(layer)
     adapter = Adapter.open(folder)
-    adapter = Adapter(
-        adapter.config, {n: m for n, m in adapter.modules.items() if n.startswith("layers.0.")}, adapter.checkpoint
-    )
-    sharding, cpu = CommunicationFree(), torch.device("cpu")
-    plan = plan_adapter("test", adapter, served, sharding, torch.float32)
-    local = read_adapter(plan, adapter, lambda size: HostBlock.allocate(size, 0, torch.float32, pin_memory=False))
-    backend, kernels = BDLoRABackend(2, cpu), TorchKernels(cpu)
-    backend.use(sharding, kernels)
-    wrapped = wrap_layer("layers.0.experts", layer, backend)
-    sizes = {
-        name: sharding.slot_size(name, wrapped.projection(name).base_layer, plan.local_rank) for name in served.layers
-    }
-    pool = EagerSlots(2, sizes, torch.float32, cpu, pin_memory=False)
-    pool.write(0, local.packed)
-    for name, factors in pool.layers.items():
-        wrapped.projection(name).set_lora_info(factors)
-    lengths = [1] * len(slots)
-    backend.batch_info = BatchInfo(True, kernels.segments(slots, lengths, None), HeadRows(), np.array(slots))
-    return wrapped
+    first = {name: module for name, module in adapter.modules.items() if name.startswith("layers.0.")}
+    adapter = Adapter(adapter.config, first, adapter.checkpoint)
+    plan = plan_adapter("test", adapter, manager.served, manager.sharding, torch.float32)
+    pool = manager.memory_pool.slots
+    pool.write(0, read_adapter(plan, adapter, pool.host_block).packed)
+    segments = manager.kernels.segments(slots, [1] * len(slots), None)
+    manager.lora_backend.batch_info = BatchInfo(True, segments, HeadRows(), np.array(slots))
+    return manager.wrapped
+
+
+def test_experts_are_proven(as_rank: Any) -> None:
+    from bdlora_sglang.serving.proof import prove_deltas
+
+    as_rank(0, 1)
+    manager = _manager(_layer(ZEROS, 0, 1, {}))
+    first = ["layers.0.experts.0.down_proj", "layers.0.experts.0.gate_up_proj"]
+    assert prove_deltas(manager, Alone()) == first
+    manager.lora_modules[0][first[1]].factors = None
+    with pytest.raises(BDLoRAError, match=r"not in place: layer 'layers\.0\.experts\.0\.gate_up_proj'"):
+        prove_deltas(manager, Alone())
 
 
 def test_experts_that_are_not_served_are_refused_by_name(as_rank: Any, tmp_path: Path) -> None:
-    from bdlora_sglang.errors import AdapterError
     from bdlora_sglang.serving.find_modules import find_modules
     from bdlora_sglang.serving.kernels import TorchKernels
     from bdlora_sglang.serving.served_modules import served_modules
@@ -268,11 +302,7 @@ def test_experts_that_are_not_served_are_refused_by_name(as_rank: Any, tmp_path:
     as_rank(0, 1)
     saved(tmp_path, target_parameters=BOTH, target_modules=[])
     adapter = Adapter.open(tmp_path)
-    zeros = {
-        "gate_up_proj": torch.zeros(EXPERTS, 2 * INTERMEDIATE, HIDDEN),
-        "down_proj": torch.zeros(EXPERTS, HIDDEN, INTERMEDIATE),
-    }
-    tree = _tree({"layers.0.experts": _layer(zeros, 0, 1, {})})
+    tree = _tree({"layers.0.experts": _layer(ZEROS, 0, 1, {})})
     served = served_modules(tree, object(), no_experts=TorchKernels(torch.device("meta")).no_experts)
     with pytest.raises(AdapterError, match=r"layers\.0\.experts\.0\.down_proj'.*served on a CPU alone"):
         find_modules(adapter, served)

@@ -76,7 +76,7 @@ FAMILIES = [
     Family("gemma2", 1, GEMMA, full=True),
     Family("gemma2", 2, GEMMA, full=True),
     Family("gemma2", 4, GEMMA, EIGHT_HEADS, full=True),
-    Family("qwen3_moe", 2, EXPERTS, engine=ALL),
+    Family("qwen3_moe", 2, EXPERTS, engine=ALL, full=True),
     Family("qwen3_moe", 1, EXPERTS, full=True),
     Family("qwen3_moe", 4, EXPERTS, EIGHT_HEADS, full=True),
     Family("mixtral", 1, EXPERTS, engine=ALL),

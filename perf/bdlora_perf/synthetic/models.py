@@ -54,7 +54,10 @@ _ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gemma2": {"tie_word_embeddings": True, "query_pre_attn_scalar": 8, "sliding_window": 2048},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True},
     "mixtral": {"hidden_size": 192, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
-    "qwen2_5_vl": {"hidden_size": 192, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1]}},
+    "qwen2_5_vl": {
+        "hidden_size": 192,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+    },
 }
 # Of models that see, whose language model has the shape above.
 _VISION: dict[str, dict[str, Any]] = {
