@@ -94,8 +94,11 @@ def why_experts_are_not_served(layer: FusedMoE) -> str | None:
         return "LoRA on experts is not supported with weights that are packed for AMX"
     if layer.moe_ep_size > 1 or layer.num_fused_shared_experts:
         return "LoRA on experts is not supported with expert parallelism, nor with shared experts among them"
-    if not config.is_gated or config.activation not in ("silu", "gelu") or config.apply_router_weight_on_input:
+    is_known = config.is_gated and config.activation in ("silu", "gelu") and config.swiglu_limit is None
+    if not is_known or (has_interleaved_experts(layer) and not config.gate_up_interleaved):
         return f"LoRA on experts is not supported with their activation ({config.activation})"
+    if config.apply_router_weight_on_input:
+        return "LoRA on experts is not supported where their inputs are weighted"
     return None
 
 
