@@ -17,6 +17,7 @@ from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from sglang.srt.utils import use_intel_amx_backend
 
 from bdlora_sglang.adapter import ModuleShard
+from bdlora_sglang.adapter.shard import even_cut
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,8 @@ def expert_parts(
     place = layer.moe_tp_rank, layer.moe_tp_size
     hidden, size = range(layer.hidden_size), layer.intermediate_size_per_partition
     features = unpadded.get(size * place[1], size * place[1])
-    own = _window(place[0], size, features)
+    # SGLang pads either the whole, or the share of each rank.
+    own = _window(place[0], size, features) if layer.use_padded_loading else even_cut(features, place[1], place[0])
     for expert in range(layer.num_experts):
         w13, w2 = f"{name}.{expert}.gate_up_proj", f"{name}.{expert}.down_proj"
         if has_interleaved_experts(layer):

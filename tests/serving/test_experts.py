@@ -90,7 +90,9 @@ def _make_unfused(model_folder: Path, folder: Path, merged: Path, **fields: Any)
     if nblocks := fields.pop("nblocks", None):
         row_parallel = [name for name in ("o_proj", "down_proj", "w2") if name in fields["target_modules"]]
         column_parallel = [name for name in fields["target_modules"] if name not in row_parallel]
-        fields["use_bdlora"] = BdLoraConfig(row_parallel, column_parallel, nblocks=nblocks)
+        fields["use_bdlora"] = BdLoraConfig(
+            target_modules_bd_a=row_parallel or None, target_modules_bd_b=column_parallel or None, nblocks=nblocks
+        )
     peft = get_peft_model(_unfused(model), LoraConfig(init_lora_weights=False, **fields))
     for module in peft.modules():
         if hasattr(module, "lora_A"):
