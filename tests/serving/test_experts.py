@@ -204,6 +204,7 @@ def _layer(weights: dict[str, torch.Tensor], rank: int, tp: int, options: dict[s
 @pytest.mark.parametrize("options", [{}, SWIGLU, {"activation": "gelu"}], ids=["silu", "gpt-oss", "gelu"])
 def test_a_layer_is_the_merged_one(as_rank: Any, tmp_path: Path, options: dict[str, Any], tp: int) -> None:
     """The ranks' outputs add up to that of SGLang's own layer with the adapter merged by PEFT, token by token."""
+    from sglang.srt.layers.moe.fused_moe_native import moe_forward_native
     from sglang.srt.layers.moe.topk import StandardTopKOutput
 
     is_gpt_oss = options is SWIGLU
@@ -227,7 +228,8 @@ def test_a_layer_is_the_merged_one(as_rank: Any, tmp_path: Path, options: dict[s
             total += _with_lora(_layer(weights, rank, tp, options), tmp_path, slots)(x_TH, routed)
         as_rank(0, 1)
         merged = {name: weight + deltas.get(name, 0) for name, weight in weights.items()}
-        base, with_lora = (_layer(own, 0, 1, options)(x_TH, routed) for own in (weights, merged))
+        layers = (_layer(own, 0, 1, options) for own in (weights, merged))
+        base, with_lora = (moe_forward_native(layer, x_TH, routed, layer.moe_runner_config) for layer in layers)
     expected = torch.where(torch.tensor(slots)[:, None] == 0, with_lora, base)
     torch.testing.assert_close(total, expected, atol=2e-4, rtol=1e-4)
     assert (with_lora - base).abs().max() > 0.1
