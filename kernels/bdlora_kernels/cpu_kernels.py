@@ -2,7 +2,8 @@
 
 PyTorch has batched products alone for this, and around them copies of x and y in the order of the slots: 1.7 times the
 time. A kernel runs on PyTorch's own OpenMP threads, each of which takes a part of the columns of h or y: no thread
-writes what another does, and a token's result does not depend on the batch around it.
+writes what another does, and a token's result does not depend on the batch around it. Factors are read in the order in
+which they stand: several rows side by side are short runs for the memory, and take 1.2 to 2 times as long.
 """
 
 import ctypes
@@ -17,8 +18,8 @@ from numba.extending import intrinsic, overload
 from bdlora_kernels.layout import ENTRY, SEGMENT
 
 # What a kernel reads, addresses and sizes in elements: `SEGMENT` (segments), int64 (places), `ENTRY` (slots, capacity),
-# int64 (slots), the factors (slots, slot_size), x or y in float32 (tokens, row_stride), of which row_size count, and h
-# in float32 (gathered, tokens, h_size).
+# int64 (slots), the factors (slots, slot_size), x or y of the same type (tokens, row_stride), of which row_size count,
+# and h in float32 (gathered, tokens, h_size).
 ARGUMENTS = np.dtype(
     [
         (name, np.int64)
@@ -30,7 +31,9 @@ ARGUMENTS = np.dtype(
 )
 
 # Columns of y that are added up at a time: B's rows are read in long runs, and the sums stay in the L1 cache.
-_BLOCK_OUTPUTS = 1024
+_BLOCK_OUTPUTS = 8192
+# From so many tokens of a slot on, arithmetic is what takes the time, and four rows of A share what is read of x.
+_MANY_TOKENS = 3
 # Not "nnan" nor "ninf": a NaN or an infinity of one token must come out as such.
 _FASTMATH = {"reassoc", "contract", "nsz", "arcp"}
 
@@ -51,6 +54,11 @@ def _widen(value: Any) -> Any:
     raise NotImplementedError("for compiled code alone")
 
 
+def _narrow(value: Any, like: Any) -> Any:
+    """A float32 as it is, or the bits of the nearest bfloat16 where ``like`` are such bits."""
+    raise NotImplementedError("for compiled code alone")
+
+
 def _as_it_is(value: Any) -> Any:
     return value
 
@@ -59,9 +67,26 @@ def _upper_half(value: Any) -> Any:
     return np.uint32(np.uint32(value) << np.uint32(16)).view(np.float32)
 
 
+def _unchanged(value: Any, like: Any) -> Any:
+    return value
+
+
+def _nearest_upper_half(value: Any, like: Any) -> Any:
+    bits = np.float32(value).view(np.uint32)
+    # Half of the last bit that stays, and to even where it is exactly that.
+    nearest = np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
+    quiet_nan = np.uint32(bits | np.uint32(0x400000))
+    return np.uint16((quiet_nan if value != value else nearest) >> np.uint32(16))
+
+
 @overload(_widen, inline="always")  # type: ignore[untyped-decorator]
 def _overload_widen(value: Any) -> Any:
     return _upper_half if value == types.uint16 else _as_it_is
+
+
+@overload(_narrow, inline="always")  # type: ignore[untyped-decorator]
+def _overload_narrow(value: Any, like: Any) -> Any:
+    return _nearest_upper_half if like == types.uint16 else _unchanged
 
 
 @njit(fastmath=_FASTMATH)  # type: ignore[untyped-decorator]
@@ -84,10 +109,9 @@ def _tables(args: Any) -> Any:
 
 
 @njit(fastmath=_FASTMATH)  # type: ignore[untyped-decorator]
-def _shrink(args: Any, a_E: Any) -> None:
+def _shrink(args: Any, x: Any, a_E: Any) -> None:
     """``h[0, t, h_start + r] = x[t, inputs] @ A[r]`` for the tokens t of each segment and the slices of its slot."""
     segments, places, entries, counts = _tables(args)
-    x = carray(_pointer(args.rows), (args.num_tokens * args.row_stride,), np.float32)
     h = carray(_pointer(args.h), (args.num_tokens * args.h_size,), np.float32)
     for segment in segments:
         if counts[segment.slot] == 0:
@@ -101,7 +125,7 @@ def _shrink(args: Any, a_E: Any) -> None:
             while row < stop:
                 a_0 = a_E[segment.slot * args.slot_size + entry.a_offset + row * size :]
                 a_1, a_2, a_3 = a_0[size:], a_0[2 * size :], a_0[3 * size :]
-                together = row + 4 <= stop
+                together = row + 4 <= stop and segment.stop - segment.start >= _MANY_TOKENS
                 for place in range(segment.start, segment.stop):
                     token = places[place]
                     x_I = x[token * args.row_stride + entry.input_start :]
@@ -109,77 +133,77 @@ def _shrink(args: Any, a_E: Any) -> None:
                     if together:
                         sum_0 = sum_1 = sum_2 = sum_3 = np.float32(0)
                         for i in range(size):
-                            sum_0 += x_I[i] * _widen(a_0[i])
-                            sum_1 += x_I[i] * _widen(a_1[i])
-                            sum_2 += x_I[i] * _widen(a_2[i])
-                            sum_3 += x_I[i] * _widen(a_3[i])
+                            sum_0 += _widen(x_I[i]) * _widen(a_0[i])
+                            sum_1 += _widen(x_I[i]) * _widen(a_1[i])
+                            sum_2 += _widen(x_I[i]) * _widen(a_2[i])
+                            sum_3 += _widen(x_I[i]) * _widen(a_3[i])
                         h_R[0], h_R[1], h_R[2], h_R[3] = sum_0, sum_1, sum_2, sum_3
                     else:
                         total = np.float32(0)
                         for i in range(size):
-                            total += x_I[i] * _widen(a_0[i])
+                            total += _widen(x_I[i]) * _widen(a_0[i])
                         h_R[0] = total
                 row += 4 if together else 1
 
 
 @njit(fastmath=_FASTMATH)  # type: ignore[untyped-decorator]
-def _expand(args: Any, b_E: Any) -> None:
-    """``y[t, outputs] += scaling * sum over n, r of h[n, t, h_start + r] * B[n * rank + r]``; B is ``(N * R, O)``."""
+def _expand(args: Any, y: Any, b_E: Any) -> None:
+    """``y[t, outputs] += scaling * sum over n, r of h[n, t, h_start + r] * B[n * rank + r]``; B is ``(N * R, O)``.
+
+    Sums are rounded once to y's type, however many slices have the same outputs.
+    """
     segments, places, entries, counts = _tables(args)
-    y = carray(_pointer(args.rows), (args.num_tokens * args.row_stride,), np.float32)
     h = carray(_pointer(args.h), (args.gathered * args.num_tokens * args.h_size,), np.float32)
     first, last = _part(args.row_size)
     sums = np.empty(_BLOCK_OUTPUTS, np.float32)
     for segment in segments:
-        for p in range(counts[segment.slot]):
-            entry = entries[segment.slot, p]
-            size, rank = entry.output_size, entry.rank
-            start, stop = max(first - entry.output_start, 0), min(last - entry.output_start, size)
-            for column in range(start, stop, _BLOCK_OUTPUTS):
-                width = min(_BLOCK_OUTPUTS, stop - column)
-                b_RO = b_E[segment.slot * args.slot_size + entry.b_offset + column :]
-                for place in range(segment.start, segment.stop):
-                    token = places[place]
-                    sums[:width] = 0
-                    for n in range(entry.gathered):
+        if counts[segment.slot] == 0:
+            continue
+        for column in range(first, last, _BLOCK_OUTPUTS):
+            width = min(_BLOCK_OUTPUTS, last - column)
+            for place in range(segment.start, segment.stop):
+                token = places[place]
+                sums[:width] = 0
+                for p in range(counts[segment.slot]):
+                    entry = entries[segment.slot, p]
+                    start = max(column - entry.output_start, 0)
+                    size = min(column + width - entry.output_start, entry.output_size) - start
+                    own = sums[entry.output_start + start - column :]
+                    for n in range(entry.gathered if size > 0 else 0):
                         h_R = h[(n * args.num_tokens + token) * args.h_size + entry.h_start :]
-                        row = 0
-                        while row + 4 <= rank:
-                            b_0 = b_RO[(n * rank + row) * size :]
-                            b_1, b_2, b_3 = b_0[size:], b_0[2 * size :], b_0[3 * size :]
-                            h_0, h_1, h_2, h_3 = h_R[row], h_R[row + 1], h_R[row + 2], h_R[row + 3]
-                            for o in range(width):
-                                low = h_0 * _widen(b_0[o]) + h_1 * _widen(b_1[o])
-                                sums[o] += low + h_2 * _widen(b_2[o]) + h_3 * _widen(b_3[o])
-                            row += 4
-                        while row < rank:
-                            b_0 = b_RO[(n * rank + row) * size :]
-                            for o in range(width):
-                                sums[o] += h_R[row] * _widen(b_0[o])
-                            row += 1
-                    y_O = y[token * args.row_stride + entry.output_start + column :]
-                    for o in range(width):
-                        y_O[o] += entry.scaling * sums[o]
+                        b_RO = b_E[segment.slot * args.slot_size + entry.b_offset + start :]
+                        for row in range(entry.rank):
+                            b_O = b_RO[(n * entry.rank + row) * entry.output_size :]
+                            scaled = entry.scaling * h_R[row]
+                            for o in range(size):
+                                own[o] += scaled * _widen(b_O[o])
+                y_O = y[token * args.row_stride + column :]
+                for o in range(width):
+                    y_O[o] = _narrow(_widen(y_O[o]) + sums[o], y_O[o])
 
 
 def _shrink_float32(address: Any) -> None:
     args = carray(address, (1,), ARGUMENTS)[0]
-    _shrink(args, carray(_pointer(args.factors), (args.num_slots * args.slot_size,), np.float32))
+    x = carray(_pointer(args.rows), (args.num_tokens * args.row_stride,), np.float32)
+    _shrink(args, x, carray(_pointer(args.factors), (args.num_slots * args.slot_size,), np.float32))
 
 
 def _shrink_bfloat16(address: Any) -> None:
     args = carray(address, (1,), ARGUMENTS)[0]
-    _shrink(args, carray(_pointer(args.factors), (args.num_slots * args.slot_size,), np.uint16))
+    x = carray(_pointer(args.rows), (args.num_tokens * args.row_stride,), np.uint16)
+    _shrink(args, x, carray(_pointer(args.factors), (args.num_slots * args.slot_size,), np.uint16))
 
 
 def _expand_float32(address: Any) -> None:
     args = carray(address, (1,), ARGUMENTS)[0]
-    _expand(args, carray(_pointer(args.factors), (args.num_slots * args.slot_size,), np.float32))
+    y = carray(_pointer(args.rows), (args.num_tokens * args.row_stride,), np.float32)
+    _expand(args, y, carray(_pointer(args.factors), (args.num_slots * args.slot_size,), np.float32))
 
 
 def _expand_bfloat16(address: Any) -> None:
     args = carray(address, (1,), ARGUMENTS)[0]
-    _expand(args, carray(_pointer(args.factors), (args.num_slots * args.slot_size,), np.uint16))
+    y = carray(_pointer(args.rows), (args.num_tokens * args.row_stride,), np.uint16)
+    _expand(args, y, carray(_pointer(args.factors), (args.num_slots * args.slot_size,), np.uint16))
 
 
 _KERNELS = {
