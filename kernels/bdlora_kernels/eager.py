@@ -156,16 +156,15 @@ def _run(
     batch: TokenBatch,
 ) -> None:
     """Run a compiled kernel over the segments of few tokens; ``rows_T`` are x or y."""
-    from bdlora_kernels import cpu_kernels  # with Numba, which a GPU does not need
+    from bdlora_kernels.cpu_kernels import expand_loop, shrink_loop  # with Numba, which a GPU does not need
 
     rows_T = rows_T if rows_T.stride(1) == 1 else rows_T.contiguous()
     h_NTW = h_NTW.contiguous()
-    cpu_kernels.run(
-        kernel,
-        factors_SE.dtype,
+    loop = shrink_loop if kernel == "shrink" else expand_loop
+    loop(
         *batch.few_at,
         *factors.entries_at,
         *(factors_SE.data_ptr(), factors_SE.stride(0)),
         *(rows_T.data_ptr(), rows_T.shape[0], rows_T.stride(0), rows_T.shape[1]),
-        *(h_NTW.data_ptr(), h_NTW.shape[0], h_NTW.shape[2]),
+        *(h_NTW.data_ptr(), h_NTW.shape[0], h_NTW.shape[2], factors_SE.itemsize),
     )
