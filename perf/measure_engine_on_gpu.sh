@@ -6,7 +6,8 @@
 # It needs what `pip install -e '.[serve,perf]'` and `pip install peft` bring, and nothing from the network.
 # Usage: perf/measure_engine_on_gpu.sh OUTPUT_FOLDER [FLAGS of bdlora perf serve, in place of these]
 # The report is written after each run, so that what is done when time is over is kept: the most telling comes first.
-# LoRA's tax is in the columns beside the base model: of a decode step in tpot, of a prefill in ttft at concurrency 1.
+# LoRA's tax is in the tables of the speed-up over the base model: of a decode step in TPOT, of a prefill in TTFT at
+# concurrency 1; the tables before them compare with SGLang's own.
 # Exit code 0 when all was measured, 103 where SGLang or a GPU is missing.
 # shellcheck source=perf/on_gpu.sh
 . "$(dirname "$0")/on_gpu.sh"

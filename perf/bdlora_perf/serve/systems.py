@@ -86,7 +86,15 @@ _LAUNCHES = 8
 _S_LORA, _REDUCES = "2 all-gathers, 2 all-reduces", "2 all-reduces"
 
 # What the others are compared with; the first of those that take part is the main one.
-BASELINES = ("lora-fully-sharded", "lora", "vllm-lora-fully-sharded", "base", "vllm-base")
+BASELINES = (
+    "lora-fully-sharded",
+    "lora",
+    "sglang-triton-v2",
+    "sglang-csgmv",
+    "vllm-lora-fully-sharded",
+    "base",
+    "vllm-base",
+)
 SYSTEMS: dict[str, ServedSystem] = {
     system.name: system
     for system in (
