@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bdlora_perf.synthetic.tokenizer import BOS_ID, EOS_ID, VOCAB_SIZE, make_tokenizer, unprintable_tokens
+from bdlora_perf.synthetic.tokenizer import (
+    BOS_ID,
+    EOS_ID,
+    VOCAB_SIZE,
+    make_tokenizer,
+    make_word_tokenizer,
+    unprintable_tokens,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -138,6 +145,22 @@ def _save_image_processor(folder: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     Qwen2_5_VLProcessor(Qwen2VLImageProcessor(), tokenizer, Qwen2VLVideoProcessor()).save_pretrained(folder)
+
+
+def make_model_without_weights(folder: str | Path, **fields: Any) -> Path:
+    """The config of a Llama and a tokenizer of words, for servers that fill in weights (``--load-format dummy``).
+
+    Args:
+        folder: where it is written; made if need be.
+        **fields: of the config.
+    """
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(**{**_SHAPE, **fields}, architectures=["LlamaForCausalLM"])
+    config.dtype = torch.bfloat16
+    config.save_pretrained(folder)
+    make_word_tokenizer(config.vocab_size).save_pretrained(folder)
+    return Path(folder)
 
 
 @contextmanager
