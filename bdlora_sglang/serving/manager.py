@@ -68,7 +68,8 @@ class BDLoRAManager(LoRAManager):
     # --- loading ---------------------------------------------------------------------------------------------
 
     def init_lora_adapters(self, lora_paths: list[LoRARef] | None = None) -> None:
-        refused, no_experts = {}, self.kernels.no_experts
+        refused: dict[str, str] = {}
+        no_experts = self.kernels.no_experts
         if self.sharding.exchanges:
             no_experts = "--lora-sharding fully-sharded is for linear layers of the decoder"
             refused = dict.fromkeys(VOCABULARY, no_experts)
