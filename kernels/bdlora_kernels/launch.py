@@ -204,7 +204,8 @@ def shrink_launch(
         {
             "SPLITS": splits, "BLOCK_T": segments.block_tokens, "BLOCK_K": configuration.block_k,
             "BLOCK_R": table.block_rank, "STAGES": configuration.shrink_stages,
-            "ENTRIES": tables.expand.first_entries, "PREFETCH": configuration.overlap, "PDL": configuration.pdl,
+            "ENTRIES": tables.expand.first_entries, "PREFETCH": configuration.overlap,
+            "PREFETCH_B": configuration.prefetch_b, "PDL": configuration.pdl,
             "num_warps": configuration.shrink_warps, "maxnreg": configuration.shrink_registers,
         },
     )  # fmt: skip
