@@ -86,7 +86,7 @@ def _samples(rows: Iterable[Row]) -> Iterator[Sample]:
 
 
 def verdict(ours: Sequence[float], theirs: Sequence[float]) -> str:
-    """Who is "ahead", or "behind" or "tie", which turns round within the model's ranges or is less than one read of the cache.
+    """Whether we are "ahead", "behind" or in a "tie": it turns round within the ranges, or is less than one read of L2.
 
     Args:
         ours: microseconds at the nominal constants, then at each corner of their ranges; so are ``theirs``.
