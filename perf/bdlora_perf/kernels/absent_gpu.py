@@ -64,15 +64,13 @@ def machine_code(
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
-        usage, sass = _run("-res-usage", file.name), _run("-sass", file.name)
-    found = re.findall(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage)
-    assert len(found) == 1, usage
+        sass = subprocess.run(
+            [_CUOBJDUMP, "-res-usage", "-sass", file.name], check=True, capture_output=True, text=True
+        ).stdout
+    found = re.findall(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", sass)
+    assert len(found) == 1, found
     registers, stack, local = map(int, found[0])
     return MachineCode(name, warps, registers, stack + local, shared, sass, stages, parameters)
-
-
-def _run(*arguments: str) -> str:
-    return subprocess.run([_CUOBJDUMP, *arguments], check=True, capture_output=True, text=True).stdout
 
 
 @contextmanager
