@@ -68,8 +68,8 @@ class Configuration:
 @dataclass(frozen=True)
 class Shape:
     """What a configuration is chosen by: tokens of the batch and the most tiles that they fall into, inputs and outputs
-    of the layer on this GPU, tokens of a tile, ranks of a block of the shrink and of the expand, and programs that
-    share a tile's rows of A."""
+    of the layer on this GPU, tokens of a tile, ranks of a block of the shrink and of the expand, programs that share a
+    tile's rows of A, and elements of B that are loaded at once."""
 
     tokens: int
     tiles: int
@@ -79,11 +79,12 @@ class Shape:
     shrink_rank: int
     row_programs: int
     expand_rank: int
+    expand_width: int
 
     @property
     def blocks(self) -> tuple[int, ...]:
         """A configuration suits one size of tiles and blocks: with others it might run out of registers."""
-        return self.block_tokens, self.shrink_rank, self.row_programs, self.expand_rank
+        return self.block_tokens, self.shrink_rank, self.row_programs, self.expand_rank, self.expand_width
 
     def distance(self, other: "Shape") -> float:
         """How far two shapes with the same blocks are apart: doubling a size is a step of one."""
@@ -135,8 +136,9 @@ def by_formula(shape: Shape, capability: int, deterministic: bool = False) -> Co
         programs = shape.tiles * shape.row_programs
         most = min(_MAX_SPLITS, _power_of_two(shape.inputs // _MIN_SPLIT_INPUTS, _MAX_SPLITS))
         splits = _power_of_two(_SHRINK_PROGRAMS // programs, most)
-    # Elsewhere the assembler spills a few bytes of so many outputs.
-    wide = 90 <= capability < 100 and shape.expand_rank <= 16
+    # Elsewhere the assembler spills a few bytes of so many outputs, and so it does where loads are of two elements.
+    wide = 90 <= capability < 100 and shape.expand_rank <= 16 and shape.expand_width >= 4
+    few = 128 if capability >= 90 else 136
     return Configuration(
         overlap=decode,
         prefetch_b=decode and _worth_fetching(shape, capability),
@@ -149,7 +151,7 @@ def by_formula(shape: Shape, capability: int, deterministic: bool = False) -> Co
         tokens_at_once=8 if decode else 32,
         block_o=64 if not decode else 256 if wide else 128,
         expand_warps=4,
-        expand_registers=96 if decode else 128 if shape.expand_rank <= 16 else 168,
+        expand_registers=96 if decode else few if shape.expand_rank <= 16 else 168,
     )
 
 

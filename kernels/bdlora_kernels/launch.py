@@ -173,6 +173,7 @@ def shape_of(x_TI: torch.Tensor, outputs: int, tables: SliceTables, segments: Se
         shrink_rank=tables.shrink.block_rank,
         row_programs=tables.shrink.row_programs,
         expand_rank=tables.expand.block_rank,
+        expand_width=tables.expand.width,
     )
 
 
