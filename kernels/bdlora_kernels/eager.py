@@ -101,7 +101,7 @@ def shrink(x_TI: torch.Tensor, factors: EagerFactors, batch: TokenBatch) -> torc
 
 def _shrink_into(h_TW: torch.Tensor, x_TI: torch.Tensor, factors: EagerFactors, batch: TokenBatch) -> None:
     if len(batch.few):
-        _run("shrink", x_TI.float(), h_TW[None], factors.a_SE, factors, batch)
+        _run("shrink", x_TI.to(factors.a_SE.dtype), h_TW[None], factors.a_SE, factors, batch)
     for segment in batch.many:
         x_KI = x_TI[segment.tokens].float()
         for columns, inputs, a_RI in _shrinks(factors, segment.slot):
@@ -112,8 +112,8 @@ def expand(y_TO: torch.Tensor, h_NTW: torch.Tensor, factors: EagerFactors, batch
     """``y[t, outputs] += scaling * concat(h[0, t, rows], ..., h[N - 1, t, rows]) @ B.T`` in place, for each slice."""
     h_NTW = h_NTW.float()
     if len(batch.few):
-        # Sums of float32, rounded once where y has fewer bits.
-        sums_TO = y_TO if y_TO.dtype == torch.float32 else torch.zeros_like(y_TO, dtype=torch.float32)
+        # In y itself, or in sums that are rounded once, where the factors have more bits.
+        sums_TO = y_TO if y_TO.dtype == factors.b_SE.dtype else torch.zeros_like(y_TO, dtype=factors.b_SE.dtype)
         _run("expand", sums_TO, h_NTW, factors.b_SE, factors, batch)
         if sums_TO is not y_TO:
             y_TO += sums_TO
@@ -156,16 +156,15 @@ def _run(
     batch: TokenBatch,
 ) -> None:
     """Run a compiled kernel over the segments of few tokens; ``rows_T`` are x or y."""
-    from bdlora_kernels import cpu_kernels  # with Numba, which a GPU does not need
+    from bdlora_kernels.cpu_kernels import expand_loop, shrink_loop  # with Numba, which a GPU does not need
 
     rows_T = rows_T if rows_T.stride(1) == 1 else rows_T.contiguous()
     h_NTW = h_NTW.contiguous()
-    cpu_kernels.run(
-        kernel,
-        factors_SE.dtype,
+    loop = shrink_loop if kernel == "shrink" else expand_loop
+    loop(
         *batch.few_at,
         *factors.entries_at,
         *(factors_SE.data_ptr(), factors_SE.stride(0)),
         *(rows_T.data_ptr(), rows_T.shape[0], rows_T.stride(0), rows_T.shape[1]),
-        *(h_NTW.data_ptr(), h_NTW.shape[0], h_NTW.shape[2]),
+        *(h_NTW.data_ptr(), h_NTW.shape[0], h_NTW.shape[2], factors_SE.itemsize),
     )

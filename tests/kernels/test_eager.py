@@ -186,17 +186,18 @@ def test_every_slot_different(requests: list[tuple[int, int]], dtype: torch.dtyp
     check(by_slot, requests, dtype, strided)
 
 
+@pytest.mark.parametrize("num_threads", [1, 3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-def test_the_batch_does_not_matter(dtype: torch.dtype) -> None:
-    """To the last bit: each token alone, and all of them, on three threads."""
-    inputs, outputs, ranks = 83, 2500, (7, 37, 1)  # more outputs and ranks than a thread does at a time
-    by_slot = [[Window(range(inputs), range(1, outputs), rank), Window(range(5, 80), range(2100), 2)] for rank in ranks]
+def test_the_batch_does_not_matter(dtype: torch.dtype, num_threads: int) -> None:
+    """To the last bit: each token alone, and all of them."""
+    inputs, outputs, ranks = 1027, 8500, (7, 37, 1)  # more outputs and ranks than a thread does at a time
+    by_slot = [[Window(range(inputs), range(1, outputs), rank), Window(range(5, 80), range(8300), 2)] for rank in ranks]
     factors, unpacked = make_factors(by_slot, dtype)
     slots = [1, 0, 2, 1, 1, BASE, 2]
     x_TI, y_TO = torch.randn(len(slots), inputs).to(dtype), torch.zeros(len(slots), outputs, dtype=dtype)
     alone = y_TO.clone()
     threads = torch.get_num_threads()
-    torch.set_num_threads(3)
+    torch.set_num_threads(num_threads)
     try:
         for token, slot in enumerate(slots):
             one = slice(token, token + 1)
@@ -207,6 +208,20 @@ def test_the_batch_does_not_matter(dtype: torch.dtype) -> None:
     assert torch.equal(y_TO, alone)
     expected, _, _ = dense(torch.zeros_like(y_TO), x_TI, unpacked, [(slot, 1) for slot in slots])
     torch.testing.assert_close(y_TO.double(), expected, atol=40 * torch.finfo(dtype).eps, rtol=torch.finfo(dtype).eps)
+
+
+def test_bfloat16_is_rounded_as_pytorch_does() -> None:
+    """Ties, what is too large, infinities and NaN included."""
+    largest, infinity, nan = torch.finfo(torch.bfloat16).max, float("inf"), float("nan")
+    y_O = torch.tensor([1, 1 + 2**-7, -1, 0, largest, infinity, -infinity, nan, nan, 3], dtype=torch.bfloat16)
+    delta_O = torch.tensor([2**-8, 2**-8, -(2**-8), 2**-140, largest, 1, infinity, 1, infinity, nan])
+    factors = EagerFactors.allocate(1, align(1), align(len(y_O)), torch.bfloat16, torch.device("cpu"))
+    a_RI, b_OR = torch.ones(1, 1, dtype=torch.bfloat16), delta_O.bfloat16()[:, None]
+    factors.write(0, pack([UnpackedSlice(a_RI, b_OR, 0, 0, 1.0)]))
+    y_TO = y_O[None].clone()
+    add_lora_delta(y_TO, a_RI, factors, group_tokens([0], [1], torch.device("cpu")))
+    expected = (y_O.float() + b_OR[:, 0].float()).bfloat16()
+    torch.testing.assert_close(y_TO[0], expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("few_tokens", [0, 100], ids=["products", "loops"])

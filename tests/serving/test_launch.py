@@ -201,3 +201,11 @@ def test_help_lists_the_short_names() -> None:
     )
     assert result.returncode == 0
     assert all(name in result.stdout for name in MODEL_NAMES)
+
+
+def test_sglangs_own_command_starts_it(model: Path, adapter: Path) -> None:
+    command = [str(Path(sys.executable).with_name("sglang")), "serve", str(model), "--model-type", "bdlora"]
+    command += ["--adapters", str(adapter), "--tp", "2", "--dry-run"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "slots" in done.stdout

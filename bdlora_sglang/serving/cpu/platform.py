@@ -33,7 +33,10 @@ class BDLoRACpuPlatform(CpuDeviceMixin, SRTPlatform):
         # SGLang asks for the platform in the midst of importing most of what is imported here.
         from sglang.srt.layers.attention.attention_registry import register_attention_backend
 
+        from bdlora_sglang.serving.cpu.fused_ops import register_fused_ops
+
         register_attention_backend(ATTENTION_BACKEND)(_attention)
+        register_fused_ops(self.get_dispatch_key_name())
 
     def post_load_model(self, model: torch.nn.Module) -> None:
         from bdlora_sglang.serving.cpu.linear import pack_linear_layers

@@ -68,6 +68,12 @@ KERNEL_START = Constant(
     "hazyresearch.stanford.edu/blog/2025-05-27-no-bubbles: start and end of a kernel in a CUDA graph on an H100; "
     "assumption: the same on every GPU, and prefill runs in CUDA graphs too",
 )
+HOST = Constant(
+    5,
+    "ms a step",
+    "assumption: as long as a GPU takes for a step of Llama-8B on an H100, where vLLM's authors call the host's work "
+    "pronounced (blog.vllm.ai/2025/01/27/v1-alpha-release.html)",
+)
 _MEASURED = "nccl-tests on 8 x A100, NCCL 2.17, under CUDA graphs"
 # By collective: latency at 1 KiB, and bus bandwidth of large messages.
 NCCL: Mapping[str, tuple[Constant, Constant]] = {
@@ -153,6 +159,7 @@ def sources(gpu: GPU) -> Iterator[tuple[str, Constant]]:
                 yield f"{'link ' if owner is gpu.link else ''}{field.name.replace('_', ' ')}", value
     yield "memory efficiency", MEMORY_EFFICIENCY
     yield "kernel start", KERNEL_START
+    yield "host", HOST
     for kind, (latency, bus) in NCCL.items():
         yield f"{kind}, latency", latency
         yield f"{kind}, bandwidth (in proportion to the link's)", bus

@@ -17,6 +17,7 @@ from enum import Enum
 
 from bdlora_perf.estimate.base_cost import Work
 from bdlora_perf.estimate.collectives import Collective, Kind
+from bdlora_perf.estimate.hardware import HOST
 from bdlora_perf.estimate.model_shape import BYTES_PER_WEIGHT, Linear, ModelShape
 from bdlora_sglang.convert.sides import TPSide
 from bdlora_sglang.errors import BDLoRAError
@@ -56,12 +57,14 @@ class Assumptions:
             shrink and an expand for each of the four fused layers.
         read_for_every_token: in a decode step each token reads its adapter anew, though others have the same.
         latency: seconds of each collective that LoRA adds, in place of the measured ones.
+        host: seconds that the host takes for a step while the GPU runs the one before; no step is shorter.
     """
 
     name: str
     launches: bool = False
     read_for_every_token: bool = False
     latency: float | None = None
+    host: float = 0.0
 
 
 # At the speed of memory or of arithmetic.
@@ -70,6 +73,7 @@ ASSUMPTIONS = (
     IDEAL,
     Assumptions("vLLM's starts", launches=True),
     Assumptions("and re-read", launches=True, read_for_every_token=True),
+    Assumptions(f"and a host of {HOST.value:g} ms", True, True, host=HOST.value * 1e-3),
 )
 # Of vLLM, beside those that `_lora_layer` counts.
 VLLM_EXTRA_KERNELS = 4 + 7 + 7 - 2 * 4

@@ -19,8 +19,9 @@ from bdlora_sglang.errors import BDLoRAError
 BASELINES = ("s-lora", "replicated")
 ASSUMPTIONS_NOTE = (
     "Ranges are over assumptions on LoRA's kernels: at the speed of memory or arithmetic; started as vLLM starts them, "
-    "4 zero fills, 7 shrinks and 7 expands a layer; and adapters read again for every token of a decode step. The "
-    "figures of steps are those of the first."
+    "4 zero fills, 7 shrinks and 7 expands a layer; adapters read again for every token of a decode step; and a host "
+    "that prepares a step no faster than so, while the GPU runs the one before. The figures of steps are those of the "
+    "first."
 )
 _PARTS = {
     "weights": "base weights",
@@ -30,6 +31,7 @@ _PARTS = {
     "lora": "LoRA kernels",
     "lora_collectives": "LoRA collectives",
     "lora_launches": "LoRA kernel starts",
+    "waiting": "waiting for the host",
 }
 METRICS = {
     "latency_ms": Metric(label="time of one step", unit="ms", better="lower"),

@@ -1,10 +1,10 @@
 """Times of a decode step, a prefill step and whole requests: a roofline for every kernel, alpha-beta for collectives.
 
-Kernels run one after the other, as do collectives: nothing overlaps. A kernel takes the longer of its memory traffic
-and its arithmetic, and `KERNEL_START` besides.
+Kernels run one after the other, as do collectives: nothing overlaps but the host, which prepares the next step. A
+kernel takes the longer of its memory traffic and its arithmetic, and `KERNEL_START` besides.
 """
 
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 from bdlora_perf.estimate.base_cost import (
     KERNELS_PER_LAYER,
@@ -28,7 +28,10 @@ from bdlora_sglang.errors import BDLoRAError
 
 @dataclass(frozen=True)
 class Step:
-    """Seconds of one step on one rank, by what they go to; ``lora_collectives`` are those that LoRA adds."""
+    """Seconds of one step on one rank, by what they go to.
+
+    ``lora_collectives`` are those that LoRA adds; ``waiting`` is how much longer the host takes than the GPU.
+    """
 
     weights: float
     attention: float
@@ -37,6 +40,7 @@ class Step:
     lora: float
     lora_collectives: float
     lora_launches: float
+    waiting: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -112,7 +116,7 @@ class Deployment:
         lora_kernels = sum(len(layer.kernels) + layer.extra_kernels for layer in lora)
         lora_kernels += VLLM_EXTRA_KERNELS if lora and known.launches else 0
         start = KERNEL_START.value * 1e-6
-        return Step(
+        step = Step(
             weights=shape.layers * self._seconds(*dense_work(shape, tp, batch))
             + self._seconds(head_work(shape, tp, batch)),
             attention=shape.layers * self._seconds(attention_work(shape, tp, batch)),
@@ -125,6 +129,7 @@ class Deployment:
             * sum(collective_seconds(c, self.gpu.link, tp, known.latency) for c in exchanges),
             lora_launches=shape.layers * lora_kernels * start,
         )
+        return replace(step, waiting=max(0.0, known.host - step.seconds))
 
     def _seconds(self, *kernels: Work) -> float:
         return sum(

@@ -5,9 +5,10 @@ from itertools import pairwise
 
 import pytest
 
+from bdlora_perf.estimate.base_cost import decode_batch
 from bdlora_perf.estimate.collectives import Collective, Kind, collective_seconds
 from bdlora_perf.estimate.hardware import GPUS, NVLINK3, PCIE4, Link, sources
-from bdlora_perf.estimate.lora_cost import BASE, Serving, bd_lora, csgmv, replicated, s_lora
+from bdlora_perf.estimate.lora_cost import BASE, Assumptions, Serving, bd_lora, csgmv, replicated, s_lora
 from bdlora_perf.estimate.model_shape import SHAPES
 from bdlora_perf.estimate.roofline import Deployment
 from bdlora_perf.estimate.traffic import Distribution, Traffic
@@ -95,6 +96,16 @@ def test_a_larger_rank_is_slower_and_bd_lora_sends_nothing(deployment: Deploymen
     for make in (lambda r: bd_lora(r, 8), replicated, csgmv, s_lora):
         assert decode(make(16), MANY) < decode(make(64), MANY) < decode(make(256), MANY)
         assert decode(make(64), ONE) < decode(make(64), MANY)
+
+
+def test_no_step_is_shorter_than_the_hosts() -> None:
+    """What the GPU does not need, it waits; what it does need stays as it is."""
+    alone, batch = Deployment(SHAPES["llama-3.1-8b"], GPUS["a100"], 8), decode_batch(ONE)
+    gpu = alone.step(s_lora(16), batch, 1)
+    for host in (0.5 * gpu.seconds, 2 * gpu.seconds):
+        step = replace(alone, assumptions=Assumptions("", host=host)).step(s_lora(16), batch, 1)
+        assert step.seconds == pytest.approx(max(host, gpu.seconds))
+        assert replace(step, waiting=0.0) == gpu
 
 
 def test_every_constant_has_a_source() -> None:
