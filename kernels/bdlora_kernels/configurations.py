@@ -138,7 +138,6 @@ def by_formula(shape: Shape, capability: int, deterministic: bool = False) -> Co
         splits = _power_of_two(_SHRINK_PROGRAMS // programs, most)
     # Elsewhere the assembler spills a few bytes of so many outputs, and so it does where loads are of two elements.
     wide = 90 <= capability < 100 and shape.expand_rank <= 16 and shape.expand_width >= 4
-    few = 128 if capability >= 90 else 136
     return Configuration(
         overlap=decode,
         prefetch_b=decode and _worth_fetching(shape, capability),
@@ -151,7 +150,7 @@ def by_formula(shape: Shape, capability: int, deterministic: bool = False) -> Co
         tokens_at_once=8 if decode else 32,
         block_o=64 if not decode else 256 if wide else 128,
         expand_warps=4,
-        expand_registers=96 if decode else few if shape.expand_rank <= 16 else 168,
+        expand_registers=96 if decode else 128 if shape.expand_rank <= 16 else 168,
     )
 
 
