@@ -11,18 +11,20 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 
+from bdlora_perf.kernels.absent_gpu import MachineCode
 from bdlora_perf.kernels.latency import (
     CONSTANTS,
     KNOWN,
     Architecture,
     Constants,
+    Work,
     base_time,
     corners,
     launch_time,
     overlapped,
     serial,
 )
-from bdlora_perf.kernels.shapes import LAYERS, MODELS, Case, Phase
+from bdlora_perf.kernels.shapes import LAYERS, Case, Phase
 
 DECODE_TOKENS, DECODE_ADAPTERS = (1, 8, 32, 64, 256), (1, 8, 32)
 PREFILLS = ((2048, 8), (8192, 8))
@@ -102,8 +104,7 @@ def read(system: str, case: Case, capability: int) -> Row:
     architecture, shape = KNOWN[capability], case.shape()
     launched = (*made.beside, *made.after)
     parts = [(work_of(one, served, before), one) for before, one in zip((None, *launched), launched, strict=False)]
-    first_is_beside = made.overlap
-    works = [(work, one.code, one.programs) for work, one in parts]
+    works: list[tuple[Work, MachineCode | None, int]] = [(work, one.code, one.programs) for work, one in parts]
     if made.all_slots:
         works.insert(0, (all_slots_work(served), None, 1))
     weights = 2 * shape.inputs * shape.total_outputs
@@ -117,7 +118,7 @@ def read(system: str, case: Case, capability: int) -> Row:
         ]
 
     def total(constants: Constants) -> float:
-        if not first_is_beside:
+        if not made.overlap:
             return serial(times(constants, False), constants)
         first, *rest = times(constants, True)
         base = base_time(shape.inputs, shape.total_outputs, case.tokens, architecture, constants)
@@ -135,12 +136,14 @@ def read(system: str, case: Case, capability: int) -> Row:
     )
 
 
-def _describe(work, code, grid: int, architecture: Architecture) -> dict[str, str | int | float]:
+def _describe(
+    work: Work, code: MachineCode | None, grid: int, architecture: Architecture
+) -> dict[str, str | int | float]:
     found = launch_time(work, code, grid, architecture, CONSTANTS)
-    common = {"loads": work.chain.loads, "us": round(found.us, 2), "bound": found.bound}
+    common: dict[str, str | int | float] = {"loads": work.chain.loads, "us": round(found.us, 2), "bound": found.bound}
     if code is None:
-        return {"kernel": "cuBLAS", **dict.fromkeys(("programs", "registers", "spills", "shared", "resident"), 0),
-                "waves": 0.0, **common}  # fmt: skip
+        unknown = dict.fromkeys(("programs", "registers", "spills", "shared", "resident", "waves"), 0)
+        return {"kernel": "cuBLAS", **unknown, **common}
     return {
         "kernel": code.name,
         "programs": work.programs,
@@ -151,8 +154,3 @@ def _describe(work, code, grid: int, architecture: Architecture) -> dict[str, st
         "waves": round(found.waves, 2),
         **common,
     }
-
-
-def models_of(names: Sequence[str]) -> tuple[str, ...]:
-    """Names of `MODELS`, in their order."""
-    return tuple(name for name in MODELS if name in names)
