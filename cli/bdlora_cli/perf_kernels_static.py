@@ -28,7 +28,7 @@ def static(
         BDLoRAError: an option that is not known, no SGLang or no Triton, or a folder that has a report.
     """
     from bdlora_perf.kernels.latency import KNOWN
-    from bdlora_perf.kernels.shapes import MODELS
+    from bdlora_perf.kernels.shapes import MODELS, Phase
     from bdlora_perf.kernels.static import RANKS, Row, read_all, sweep
     from bdlora_perf.kernels.static_report import against_measurement, make_report, measured_cases, write_launches
     from bdlora_perf.report.render import write_report
@@ -38,7 +38,9 @@ def static(
     known = [f"sm_{capability}" for capability in KNOWN]
     chosen = _checked("--architecture", architectures or known, known)
     models = _checked("--model", models or [name for name in MODELS if name != "tiny"], list(MODELS))
-    phases = _checked("--phase", phases or ["decode", "prefill"], ["decode", "prefill"])
+    every_phase: tuple[Phase, ...] = ("decode", "prefill")
+    named = _checked("--phase", phases or every_phase, every_phase)
+    chosen_phases = [phase for phase in every_phase if phase in named]
     ranks = list(ranks) or list(RANKS)
     if not all(1 <= rank <= 256 for rank in ranks):
         raise BDLoRAError(f"--rank: found {ranks}, expected numbers from 1 to 256")
@@ -56,7 +58,7 @@ def static(
     console = Console()
     for name, folder in folders.items():
         run, capability = Run(shlex.join(["bdlora", *sys.argv[1:]]), 0), int(re.sub(r"\D", "", name))
-        cases = list(sweep(models, phases, ranks)) if timed is None else measured_cases(timed)
+        cases = list(sweep(models, chosen_phases, ranks)) if timed is None else measured_cases(timed)
         rows: list[Row] = []
         with Progress(console=console) as progress:
             task = progress.add_task(f"{name}: compiling", total=len(cases))

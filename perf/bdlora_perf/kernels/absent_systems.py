@@ -131,7 +131,7 @@ def triton_v2(recorder: _Recorder) -> None:
         per_row_lora_b(bridge.tensor, problem.b_NSOr[0], problem.y_TO, runner.raw_route(), **common)
 
 
-class _RunnerWithoutRoutes(DenseLoraRunner):
+class _RunnerWithoutRoutes(DenseLoraRunner):  # type: ignore[misc, unused-ignore]
     """SGLang's runner, with routes of the size of its own, which nobody fills: that happens once for all layers."""
 
     def _build_route(self, key: tuple[str, int]) -> RouteView:

@@ -21,6 +21,7 @@ from functools import cache
 from itertools import product
 from math import ceil
 from types import MappingProxyType
+from typing import Any
 
 from bdlora_perf.estimate.hardware import GPU, GPUS, Constant
 from bdlora_perf.kernels.absent_gpu import MachineCode
@@ -81,7 +82,8 @@ def corners() -> Iterator[Constants]:
     """The nominal constants, then all combinations of the ends of the ranges."""
     yield CONSTANTS
     for values in product(*RANGES.values()):
-        yield replace(CONSTANTS, **dict(zip(RANGES, values, strict=True)))
+        ends: dict[str, Any] = dict(zip(RANGES, values, strict=True))
+        yield replace(CONSTANTS, **ends)
 
 
 @dataclass(frozen=True)

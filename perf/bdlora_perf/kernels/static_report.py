@@ -228,7 +228,7 @@ def against_measurement(run: Run, rows: Sequence[Row], capability: int, measured
             time = found[len(found) // 2]
             ratios[row.system].append((row.serial, time))
             samples += [
-                Sample(system=name, point=row.case.point, round=0, metrics={"serial_us": round(value, 3)})
+                Sample(system=name, point={**row.case.point}, round=0, metrics={"serial_us": round(value, 3)})
                 for name, value in ((row.system, row.serial), (f"{row.system}_measured", time))
             ]
     notes = []

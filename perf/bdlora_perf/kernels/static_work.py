@@ -163,7 +163,7 @@ def _our_expand(launched: Launched, batch: Batch) -> Work:
     slices = [
         sum(start < (i + 1) * block and stop > i * block for start, stop in pairwise(starts)) for i in range(blocks)
     ]
-    steps = ceil(batch.rank / ranks)
+    steps: int = ceil(batch.rank / ranks)
     h_bytes = blocks * batch.tokens * batch.rank * _FLOAT
 
     def further(turns_of_tile: float, slices_of_block: float) -> float:
