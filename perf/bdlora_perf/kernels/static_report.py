@@ -75,7 +75,8 @@ def _batch(case: Case) -> Point:
 def _samples(rows: Iterable[Row]) -> Iterator[Sample]:
     groups: dict[tuple[object, ...], list[Row]] = defaultdict(list)
     for row in rows:
-        groups[(row.system, *_batch(row.case).values())].append(row)
+        key = (row.system, *_batch(row.case).values())
+        groups[key].append(row)
     for own in groups.values():
         metrics = {
             "time_us": round(sum(row.served[0] for row in own), 2),
