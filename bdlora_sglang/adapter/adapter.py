@@ -1,15 +1,19 @@
 """One adapter, checked: its configuration against the names and shapes of its tensors. No weights are read here."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from bdlora_sglang.adapter.checkpoint import Checkpoint, TensorCheckpoint, open_checkpoint
 from bdlora_sglang.adapter.config import AdapterConfig, BlockSide
+from bdlora_sglang.adapter.parameters import EXPERT_PARAMETERS
 from bdlora_sglang.adapter.tensors import Tensors
 from bdlora_sglang.errors import AdapterError
+
+# Few bytes can stand for many experts; the largest models have some 50 000 projections of experts.
+_MOST_MODULES = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -18,7 +22,8 @@ class LoRAModule:
 
     Stored shapes, with ``n = nblocks``: A is ``(rank, in)``, or ``(rank, in / n)`` when A is block-diagonal; B is
     ``(out, rank)``, or ``(out, rank / n)`` when B is block-diagonal. A plain module has one block. An embedding is a
-    plain module whose inputs are the tokens of the vocabulary.
+    plain module whose inputs are the tokens of the vocabulary. One of the ``experts`` that a parameter holds is a plain
+    module whose A and B are parts of the tensors (`bdlora_sglang.adapter.parameters`).
     """
 
     name: str
@@ -31,6 +36,17 @@ class LoRAModule:
     side: BlockSide
     scaling: float
     is_embedding: bool = False
+    expert: int = 0
+    experts: int = 1
+
+    def a_rows(self, ranks: range) -> range:
+        """Where A has these ranks of the module."""
+        first = self.expert * self.rank
+        return range(first + ranks.start, first + ranks.stop)
+
+    def b_columns(self, ranks: range) -> range:
+        """Where B has them."""
+        return range(self.expert + ranks.start * self.experts, self.expert + ranks.stop * self.experts, self.experts)
 
     @property
     def is_head(self) -> bool:
@@ -92,10 +108,14 @@ class Adapter:
     @classmethod
     def _checked(cls, config: AdapterConfig, checkpoint: Checkpoint) -> "Adapter":
         tensors = Tensors.sorted_out(checkpoint, config)
-        modules = {
-            name: _check_module(name, *pair, name in tensors.embeddings, config, checkpoint)
-            for name, pair in sorted(tensors.pairs.items())
-        }
+        modules: dict[str, LoRAModule] = {}
+        for name, pair in sorted(tensors.pairs.items()):
+            if name in tensors.parameters:
+                modules |= _check_parameter(tensors.parameters[name], *pair, config, checkpoint)
+            else:
+                modules[name] = _check_module(name, *pair, name in tensors.embeddings, config, checkpoint)
+            if len(modules) > _MOST_MODULES:
+                raise AdapterError(checkpoint.source, "modules", "too many", f"at most {_MOST_MODULES}")
         if not modules:
             found = _listed("no LoRA tensors", tensors.ignored)
             raise AdapterError(checkpoint.source, "adapter weights", found, "'<module>.lora_A.weight' and B")
@@ -169,6 +189,42 @@ def _check_module(
         scaling=_scaling(name, config),
         is_embedding=is_embedding,
     )
+
+
+def _check_parameter(
+    parameter: str, tensor_a: str, tensor_b: str, config: AdapterConfig, checkpoint: Checkpoint
+) -> dict[str, LoRAModule]:
+    """LoRA on a parameter: that of a linear module, or one for each expert, by the names of their modules."""
+    holder, _, name = parameter.rpartition(".")
+    rank = config.rank(parameter)
+    for tensor in (tensor_a, tensor_b):
+        checkpoint.dtype(tensor)
+    shape_a, shape_b = checkpoint.shape(tensor_a), checkpoint.shape(tensor_b)
+    holds_experts = name in EXPERT_PARAMETERS
+    meaning = f"rank {rank}{' of each expert' if holds_experts else ''}, by {config.source}"
+    experts = shape_a[0] // rank if holds_experts and shape_a else 1
+    if len(shape_a) != 2 or shape_a[0] != rank * max(experts, 1) or shape_a[1] < 1:
+        expected = f"({'a multiple of ' if holds_experts else ''}{rank}, *): {meaning}"
+        raise AdapterError(checkpoint.source, f"tensor '{tensor_a}' shape", shape_a, expected)
+    if len(shape_b) != 2 or shape_b[1] != shape_a[0] or shape_b[0] < 1:
+        raise AdapterError(checkpoint.source, f"tensor '{tensor_b}' shape", shape_b, f"(*, {shape_a[0]}): {meaning}")
+    if experts > _MOST_MODULES:
+        raise AdapterError(checkpoint.source, f"tensor '{tensor_a}'", f"{experts} experts", f"at most {_MOST_MODULES}")
+    module = LoRAModule(
+        name=holder,
+        tensor_a=tensor_a,
+        tensor_b=tensor_b,
+        in_features=shape_a[1],
+        out_features=shape_b[0],
+        rank=rank,
+        nblocks=1,
+        side=BlockSide.NONE,
+        scaling=_scaling(parameter, config),
+    )
+    if not holds_experts:
+        return {holder: module}
+    names = [f"{holder}.{expert}.{name}" for expert in range(experts)]
+    return {name: replace(module, name=name, expert=e, experts=experts) for e, name in enumerate(names)}
 
 
 def _scaling(name: str, config: AdapterConfig) -> float:

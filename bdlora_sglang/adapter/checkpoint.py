@@ -22,6 +22,9 @@ _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 # that reading a whole adapter takes, at the price of parsing the header again.
 _REMAP_BYTES = 16 << 20
 
+# An expert's gate, up and down projections have columns in three blocks of rows.
+_MOST_KEPT = 3
+
 _SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -40,7 +43,7 @@ class Checkpoint(Protocol):
     def dtype(self, name: str) -> torch.dtype: ...
 
     def read(self, name: str, rows: range, columns: range) -> torch.Tensor:
-        """Copy ``tensor[rows, columns]`` (ranges of step 1); raises `AdapterError` on NaN and infinity."""
+        """Copy ``tensor[rows, columns]``, rows of step 1; raises `AdapterError` on NaN and infinity."""
         ...
 
     def read_whole(self, name: str) -> torch.Tensor:
@@ -63,6 +66,7 @@ class SafetensorsCheckpoint:
                 )
             raise AdapterError(self.source, "adapter weights", "no such file", "a safetensors file")
         self._slices: dict[str, Any] = {}
+        self._kept: dict[tuple[str, range], torch.Tensor] = {}
         self._map()
 
     def _map(self) -> None:
@@ -87,6 +91,8 @@ class SafetensorsCheckpoint:
         return _SAFETENSORS_DTYPES[dtype]
 
     def read(self, name: str, rows: range, columns: range) -> torch.Tensor:
+        if columns.step != 1:
+            return self._rows_kept(name, rows)[:, columns.start : columns.stop : columns.step].contiguous()
         try:
             view = self._slices[name][rows.start : rows.stop, columns.start : columns.stop]
         except (SafetensorError, OSError) as error:
@@ -98,6 +104,14 @@ class SafetensorsCheckpoint:
         if self.bytes_read - self._mapped_at > _REMAP_BYTES and _identity(self.source) == self._identity:
             self._map()
         return _checked(self, name, tensor)
+
+    def _rows_kept(self, name: str, rows: range) -> torch.Tensor:
+        """Whole rows, kept for the next calls: those of experts ask for other columns of the same rows."""
+        if (name, rows) not in self._kept:
+            if len(self._kept) == _MOST_KEPT:
+                self._kept.pop(next(iter(self._kept)))
+            self._kept[name, rows] = self.read(name, rows, range(self.shape(name)[1]))
+        return self._kept[name, rows]
 
     def read_whole(self, name: str) -> torch.Tensor:
         whole: torch.Tensor = self._slices[name][...].clone()
@@ -179,7 +193,7 @@ class TensorCheckpoint:
         return dtype
 
     def read(self, name: str, rows: range, columns: range) -> torch.Tensor:
-        view = self._tensors[name][rows.start : rows.stop, columns.start : columns.stop]
+        view = self._tensors[name][rows.start : rows.stop, columns.start : columns.stop : columns.step]
         return _checked(self, name, view.detach().cpu().clone(memory_format=torch.contiguous_format))
 
     def read_whole(self, name: str) -> torch.Tensor:

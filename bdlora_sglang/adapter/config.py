@@ -13,6 +13,7 @@ from typing import Any
 from bdlora_sglang.adapter.features import refuse_unsupported
 from bdlora_sglang.adapter.fields import FieldReader
 from bdlora_sglang.adapter.json_file import read_json
+from bdlora_sglang.adapter.parameters import check_parameters
 from bdlora_sglang.adapter.patterns import Matcher, PatternTable
 from bdlora_sglang.adapter.targets import TargetModules
 from bdlora_sglang.errors import AdapterError
@@ -85,7 +86,7 @@ class AdapterConfig:
     """The fields of ``adapter_config.json`` that decide what the adapter computes.
 
     ``source`` is the name that messages give it; ``raw`` holds every field as it was read. ``model_type`` is that of
-    the base model, where it is known: PEFT's default targets depend on it.
+    the base model, where it is known: PEFT's default targets depend on it. ``parameters`` are ``target_parameters``.
     """
 
     source: str
@@ -93,6 +94,7 @@ class AdapterConfig:
     lora_alpha: float
     use_rslora: bool
     targets: TargetModules
+    parameters: tuple[str, ...]
     bdlora: BDConfig | None
     model_type: str | None
     raw: Mapping[str, Any] = field(repr=False)
@@ -119,6 +121,8 @@ class AdapterConfig:
         bdlora = raw.get("use_bdlora")
         ranks = fields.mapping("rank_pattern", FieldReader.positive_int)
         alphas = fields.mapping("alpha_pattern", FieldReader.number)
+        parameters = fields.strings("target_parameters")
+        check_parameters(parameters, source)
         for name, patterns in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
             for pattern in patterns:
                 matcher.check(name, pattern)
@@ -128,6 +132,7 @@ class AdapterConfig:
             lora_alpha=fields.number("lora_alpha"),
             use_rslora=fields.boolean("use_rslora", default=False),
             targets=TargetModules.from_fields(fields, matcher),
+            parameters=parameters,
             bdlora=None if bdlora is None else BDConfig.from_dict(bdlora, source),
             model_type=model_type,
             raw=raw,

@@ -12,7 +12,6 @@ _UNSUPPORTED_FEATURES: dict[str, str] = {
     "use_qalora": "QALoRA",
     "lora_bias": "a bias in lora_B",
     "trainable_token_indices": "trainable tokens",
-    "target_parameters": "LoRA on bare parameters (MoE experts)",
     "alora_invocation_tokens": "activated LoRA",
     "layer_replication": "layer replication",
     "megatron_config": "Megatron layers",
@@ -36,6 +35,8 @@ def refuse_unsupported(raw: Mapping[str, Any], source: str) -> None:
     for name, feature in _UNSUPPORTED_FEATURES.items():
         if raw.get(name):
             raise AdapterError(source, f"field '{name}' ({feature})", raw[name], "null, false or absent: not supported")
+    if raw.get("target_parameters") and raw.get("use_bdlora"):
+        raise AdapterError(source, "field 'target_parameters'", "use_bdlora, too", "one of them: PEFT has no such")
     if raw.get("bias", "none") != "none":
         raise AdapterError(source, "field 'bias' (trained biases)", repr(raw["bias"]), "'none': others not supported")
     init = raw.get("init_lora_weights")

@@ -85,7 +85,8 @@ def _meeting_blocks(module: LoRAModule, shard: ModuleShard) -> Iterator[LoRASlic
     rank = module.block_rank
     for block in range(module.nblocks):
         inputs, outputs = shard.inputs, shard.outputs
-        stored_columns, stored_rank = inputs, range(block * rank, (block + 1) * rank)
+        own = range(block * rank, (block + 1) * rank)
+        stored_columns, stored_rank = inputs, own
         if module.side is BlockSide.A:
             inputs = meet(shard.inputs, block_range(module.in_features, module.nblocks, block))
             first = block * (module.in_features // module.nblocks)
@@ -97,10 +98,10 @@ def _meeting_blocks(module: LoRAModule, shard: ModuleShard) -> Iterator[LoRASlic
             yield LoRASlice(
                 tensor_a=module.tensor_a,
                 tensor_b=module.tensor_b,
-                a_rows=range(block * rank, (block + 1) * rank),
+                a_rows=module.a_rows(own),
                 a_columns=stored_columns,
                 b_rows=outputs,
-                b_columns=stored_rank,
+                b_columns=module.b_columns(stored_rank),
                 input_start=shard.input_offset + inputs.start - shard.inputs.start,
                 output_start=shard.output_offset + outputs.start - shard.outputs.start,
                 scaling=module.scaling,

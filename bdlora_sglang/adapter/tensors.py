@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from bdlora_sglang.adapter.checkpoint import Checkpoint
 from bdlora_sglang.adapter.config import AdapterConfig
 from bdlora_sglang.adapter.names import TensorKind, TensorName, parse_tensor_name
+from bdlora_sglang.adapter.parameters import targeted_parameter
 from bdlora_sglang.errors import AdapterError
 
 NOT_TARGETED = "its module is not among the config's target_modules"
@@ -16,11 +17,13 @@ _MOST_LISTED = 20
 class Tensors:
     """``pairs`` are A and B by module; ``embeddings`` are those of these modules that are embeddings.
 
-    ``saved`` and ``ignored`` are as in `Adapter`.
+    ``parameters`` are those that the LoRA of a module is for, where it is for one (`targeted_parameter`). ``saved`` and
+    ``ignored`` are as in `Adapter`.
     """
 
     pairs: Mapping[str, tuple[str, str]]
     embeddings: frozenset[str]
+    parameters: Mapping[str, str]
     saved: Mapping[str, str]
     ignored: Mapping[str, str]
 
@@ -53,11 +56,16 @@ class Tensors:
             )
         pairs = {module: _pair(module, names, checkpoint) for module, names in factors.items()}
         targeted = {module: config.adapts(module, module not in embeddings) for module in pairs}
+        parameters = {
+            module: parameter
+            for module in pairs
+            if not targeted[module] and (parameter := targeted_parameter(module, config.parameters)) is not None
+        }
+        targeted.update(dict.fromkeys(parameters, True))
         _check_saved_modules(saved, checkpoint, config)
         ignored = {tensor: NOT_TARGETED for module, pair in pairs.items() if not targeted[module] for tensor in pair}
-        return cls(
-            {module: pair for module, pair in pairs.items() if targeted[module]}, frozenset(embeddings), saved, ignored
-        )
+        pairs = {module: pair for module, pair in pairs.items() if targeted[module]}
+        return cls(pairs, frozenset(embeddings), parameters, saved, ignored)
 
 
 def refuse_ignored(ignored: Mapping[str, str], source: str) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from bdlora_sglang.adapter import Adapter
+from bdlora_sglang.convert.blocks import open_convertible
 from bdlora_sglang.convert.convert import convert
 from bdlora_sglang.convert.options import ConvertOptions
 from bdlora_sglang.convert.plan import Progress
@@ -98,6 +98,6 @@ def reblock(
 
 
 def _require_kind(source: str | Path, kind: str, instead: str) -> None:
-    adapter = Adapter.open(source)
+    adapter = open_convertible(source)
     if adapter.kind != kind:
         raise BDLoRAError(f"{adapter.config.source}: found a {adapter.kind} adapter, expected {kind}; use {instead}")

@@ -12,10 +12,12 @@ own features (rows of B, columns of A), and one *shared* factor, which meets all
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from bdlora_sglang.adapter import Adapter, BlockSide, LoRAModule
+from bdlora_sglang.errors import AdapterError
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,17 @@ class Block:
     @property
     def rank(self) -> int:
         return self.a.shape[0]
+
+
+def open_convertible(folder: str | Path) -> Adapter:
+    """Open an adapter of linear modules and embeddings; raises `AdapterError` for another, as `Adapter.open` does."""
+    adapter = Adapter.open(folder)
+    if adapter.config.parameters:
+        expected = "none: LoRA on parameters is served, and not converted"
+        raise AdapterError(
+            adapter.config.source, "field 'target_parameters'", ", ".join(adapter.config.parameters), expected
+        )
+    return adapter
 
 
 def read_blocks(adapter: Adapter, module: LoRAModule) -> list[Block]:

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from bdlora_sglang.adapter import Adapter, BlockSide, LoRAModule
+from bdlora_sglang.adapter import BlockSide, LoRAModule
 from bdlora_sglang.adapter.checkpoint import WEIGHTS_NAME
 from bdlora_sglang.adapter.config import CONFIG_NAME
 from bdlora_sglang.adapter.names import peft_tensor_name
-from bdlora_sglang.convert.blocks import Block, stored_factors
+from bdlora_sglang.convert.blocks import Block, open_convertible, stored_factors
 from bdlora_sglang.convert.folder import NewFolder
 from bdlora_sglang.convert.lowrank import product_norm_sq, rounding_error_sq
 from bdlora_sglang.convert.moments import Moments
@@ -64,7 +64,7 @@ def convert(
     """
     source, destination = Path(source), Path(destination)
     options.check()
-    adapter = Adapter.open(source)
+    adapter = open_convertible(source)
     _refuse_overlap(source, destination)
     if adapter.ignored:
         _logger.warning("%s: left out, as PEFT does: %s", source, ", ".join(sorted(adapter.ignored)))

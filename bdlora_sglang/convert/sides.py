@@ -53,6 +53,8 @@ SIDES: Mapping[str, TPSide] = {
                 "value",
                 "q_b_proj",
                 "kv_b_proj",
+                "w1",
+                "w3",
             ),
             "lm_head",  # by the vocabulary
         ),

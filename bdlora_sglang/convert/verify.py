@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from bdlora_sglang.adapter import Adapter, LoRAModule
-from bdlora_sglang.convert.blocks import Block, read_blocks, regroup
+from bdlora_sglang.convert.blocks import Block, open_convertible, read_blocks, regroup
 from bdlora_sglang.convert.calibrate import load_model
 from bdlora_sglang.errors import AdapterError, BDLoRAError
 
@@ -55,7 +55,7 @@ def compare_deltas(
     Raises:
         AdapterError: an adapter cannot be used, or a module has other features in the two.
     """
-    adapters = Adapter.open(a), Adapter.open(b)
+    adapters = open_convertible(a), open_convertible(b)
     for name in sorted({*adapters[0].modules, *adapters[1].modules}):
         modules = [adapter.modules.get(name) for adapter in adapters]
         _check_same_features(adapters[1], *modules)

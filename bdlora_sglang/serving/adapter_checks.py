@@ -113,10 +113,11 @@ def _fault(adapter: NamedAdapter, shapes: Mapping[str, tuple[int, int]], model_t
     try:
         opened = Adapter.open(adapter_folder(adapter.path), model_type)
         _check_shapes(opened, shapes)
-        for module in opened.modules.values():
-            for tensor in (module.tensor_a, module.tensor_b):
-                rows, columns = opened.checkpoint.shape(tensor)
-                opened.checkpoint.read(tensor, range(rows), range(columns))
+        # One tensor may hold the factors of many experts.
+        modules = opened.modules.values()
+        for tensor in dict.fromkeys(name for module in modules for name in (module.tensor_a, module.tensor_b)):
+            rows, columns = opened.checkpoint.shape(tensor)
+            opened.checkpoint.read(tensor, range(rows), range(columns))
     except (BDLoRAError, OSError) as error:
         return str(error)
     return None

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from sglang.srt.lora.backend.base_backend import BaseLoRABackend
@@ -24,12 +25,14 @@ BACKEND_NAME = "bdlora"
 class BatchInfo:
     """What SGLang's layers and ours ask of a batch; ``segments`` are those of the kernels in use.
 
-    None where nobody reads them: SGLang runs the layers without LoRA. ``head_rows`` are the output head's.
+    None where nobody reads them: SGLang runs the layers without LoRA. ``head_rows`` are the output head's,
+    ``slot_T`` the slot of each token for experts.
     """
 
     has_active_lora: bool
     segments: Any
     head_rows: HeadRows = field(default_factory=HeadRows)
+    slot_T: np.ndarray[Any, np.dtype[np.int64]] = field(default_factory=lambda: np.zeros(0, np.int64))
 
 
 class BDLoRABackend(BaseLoRABackend):
@@ -59,9 +62,10 @@ class BDLoRABackend(BaseLoRABackend):
             graph: "decode" or "prefill" where such a captured graph will run, else None.
         """
         if any(slot != NO_SLOT for slot in slots):
-            segments = self.kernels.segments(slots, _lengths(forward_batch), graph)
+            lengths = _lengths(forward_batch)
+            segments = self.kernels.segments(slots, lengths, graph)
             head_rows = HeadRows(tuple(slots), get_lm_head_pruned_lens(forward_batch))
-            self.batch_info = BatchInfo(True, segments, head_rows)
+            self.batch_info = BatchInfo(True, segments, head_rows, np.repeat(slots, lengths))
         else:
             # A captured graph may run the kernels all the same: no token is theirs then.
             self.batch_info = BatchInfo(False, None if graph is None else self.kernels.segments((), (), graph))

@@ -78,7 +78,7 @@ def plan_memory(server_args: ServerArgs, options: ServingOptions) -> MemoryPlan:
         ranks = [_plan_rank(server_args, options, config, rank) for rank in range(server_args.tp_size)]
     except AssertionError as error:  # how SGLang refuses arguments of LoRA
         raise BDLoRAError(f"SGLang refuses its arguments: {error}") from error
-    sizes = {name: _largest([rank.slot_sizes[name] for rank in ranks]) for name in ranks[0].slot_sizes}
+    sizes = {name: SlotSize.largest(rank.slot_sizes[name] for rank in ranks) for name in ranks[0].slot_sizes}
     first = ranks[0]
     num_slots = first.manager.max_loras_per_batch
     # On a GPU these are the kernels, and on the meta device they take no memory.
@@ -168,10 +168,3 @@ def _kv_token_bytes(config: Any, server_args: ServerArgs) -> int | None:
 
 def _num_bytes(adapters: Sequence[LocalAdapter]) -> int:
     return sum(adapter.num_bytes for adapter in adapters)
-
-
-def _largest(sizes: Sequence[SlotSize]) -> SlotSize:
-    largest = SlotSize()
-    for size in sizes:
-        largest = largest.max(size)
-    return largest

@@ -13,7 +13,7 @@ BEGIN, END = "<!-- SGLang's features -->", "<!-- end of SGLang's features -->"
 _SPLIT_ROWS = "a layer sees a part of the batch's rows, LoRA's tables index all of them"
 _TWO_STREAMS = "two streams would share LoRA's scratch memory"
 _LAUNCHER = "it starts SGLang's own processes, in which there is no BD-LoRA"
-_EXPERTS = "LoRA on experts is not served"
+_EXPERTS = "PEFT has no such format; what PEFT has on experts is served on the CPU"
 _UNTESTED = "never tried with BD-LoRA"
 _SGL_KERNEL = "it runs SGLang's GPU kernels"
 _REFUSED = "test_features.py::test_what_is_not_served_is_refused_by_name"
@@ -54,6 +54,20 @@ FEATURES: tuple[Feature, ...] = (
         SERVED,
         _SWAPPED,
         requests="`/update_weights_from_disk`, `/update_weights_from_tensor`",
+    ),
+    Feature(
+        "MoE experts",
+        SERVED,
+        "test_experts.py::test_tokens_and_logprobs_equal_peft",
+        "adapters on experts and routers on the CPU alone; on a GPU they are refused by name",
+        requests="adapters with `target_parameters`, or on `experts.N.gate_proj` and its like",
+    ),
+    Feature(
+        "vision-language models",
+        SERVED,
+        "test_families.py::test_the_vision_tower_is_another",
+        "adapters on the language model; those on a vision tower are refused by name",
+        requests="the model",
     ),
     Feature(
         "refusing adapters with tensors that would be skipped",

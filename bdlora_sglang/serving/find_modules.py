@@ -2,8 +2,9 @@
 
 from bdlora_sglang.adapter import Adapter, LoRAModule
 from bdlora_sglang.errors import AdapterError
+from bdlora_sglang.serving.module_parts import ServedModule
 from bdlora_sglang.serving.saved_weights import NOT_IN_BASE_MODEL
-from bdlora_sglang.serving.served_modules import ServedModule, ServedModules, module_key
+from bdlora_sglang.serving.served_modules import ServedModules, module_key
 
 
 def find_modules(

@@ -8,7 +8,8 @@ import torch
 from bdlora_kernels import HostBlock, LayerPlan, PackedAdapter, pack_adapter
 from bdlora_sglang.adapter import Adapter, LoRAModule
 from bdlora_sglang.serving.find_modules import find_modules
-from bdlora_sglang.serving.served_modules import ServedModule, ServedModules
+from bdlora_sglang.serving.module_parts import ServedModule
+from bdlora_sglang.serving.served_modules import ServedModules
 from bdlora_sglang.serving.sharding import Sharding
 
 

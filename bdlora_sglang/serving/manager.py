@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sglang.srt.lora.layers import BaseLayerWithLoRA
 from sglang.srt.lora.lora_config import LoRAConfig
 from sglang.srt.lora.lora_manager import LoRAManager
 from sglang.srt.lora.lora_registry import LoRARef
@@ -31,8 +32,8 @@ from bdlora_sglang.serving.local_adapter import LocalAdapter, plan_adapter, read
 from bdlora_sglang.serving.options import LoRASharding, ServingOptions
 from bdlora_sglang.serving.pool import BDLoRAMemoryPool, slot_sizes_for_adapters
 from bdlora_sglang.serving.saved_weights import check_saved_weights, skip_or_refuse
-from bdlora_sglang.serving.served_modules import VOCABULARY, served_modules
-from bdlora_sglang.serving.sharding import Sharding, layer_shape
+from bdlora_sglang.serving.served_modules import VOCABULARY, layer_kind, served_modules
+from bdlora_sglang.serving.sharding import ExpertProjection, Sharding
 from bdlora_sglang.serving.sizes import format_bytes
 
 SHARDINGS: dict[LoRASharding, Sharding] = {
@@ -67,10 +68,11 @@ class BDLoRAManager(LoRAManager):
     # --- loading ---------------------------------------------------------------------------------------------
 
     def init_lora_adapters(self, lora_paths: list[LoRARef] | None = None) -> None:
-        refused: dict[str, str] = {}
+        refused, no_experts = {}, self.kernels.no_experts
         if self.sharding.exchanges:
-            refused = dict.fromkeys(VOCABULARY, "--lora-sharding fully-sharded is for linear layers of the decoder")
-        self.served = served_modules(self.base_model, self._hf_config, refused)
+            no_experts = "--lora-sharding fully-sharded is for linear layers of the decoder"
+            refused = dict.fromkeys(VOCABULARY, no_experts)
+        self.served = served_modules(self.base_model, self._hf_config, refused, no_experts)
         super().init_lora_adapters(lora_paths)
 
     def _load_lora_adapter(self, lora_ref: LoRARef) -> LoRAUpdateOutput:
@@ -156,7 +158,7 @@ class BDLoRAManager(LoRAManager):
         self.kernels = choose_kernels(
             self.device,
             self.max_loras_per_batch,
-            needs_torch=self.sharding.exchanges,
+            exchanges=self.sharding.exchanges,
             deterministic=get_exec().deterministic.enable_deterministic_inference,
         )
         self.lora_backend.use(self.sharding, self.kernels)
@@ -167,39 +169,45 @@ class BDLoRAManager(LoRAManager):
 
     def init_lora_shapes(self, max_lora_rank: int | None = None, target_modules: Iterable[str] | None = None) -> None:
         """Work out the target modules (SGLang's layer names) and the largest rank where they were not given."""
-        adapted = {_leaf(name) for lora in self.loras.values() for name in lora.plan.targets}
+        adapted = {layer_kind(name) for lora in self.loras.values() for name in lora.plan.targets}
         if target_modules is None:
             self.target_modules = adapted
         elif set(target_modules) == {"all"}:
-            self.target_modules = {_leaf(name) for name in self.served.layers}
+            self.target_modules = {layer_kind(name) for name in self.served.layers}
         else:
-            self.target_modules = get_normalized_target_modules(target_modules)
-            self._check_target_modules(adapted)
+            # SGLang's names of projections stand for those of experts, too.
+            kinds = get_normalized_target_modules(target_modules)
+            self.target_modules = kinds | {f"experts.{kind}" for kind in kinds}
+            self._check_target_modules(kinds, adapted)
         self.max_lora_rank = max_lora_rank or max((lora.plan.rank for lora in self.loras.values()), default=0)
         self.lora_added_tokens_size = 0
 
-    def _check_target_modules(self, adapted: set[str]) -> None:
-        served = {_leaf(name) for name in self.served.layers}
-        found = f"--lora-target-modules: found {', '.join(sorted(self.target_modules))}"
+    def _check_target_modules(self, given: set[str], adapted: set[str]) -> None:
+        served = {layer_kind(name) for name in self.served.layers}
+        found = f"--lora-target-modules: found {', '.join(sorted(given))}"
         if not self.target_modules & served:
             raise BDLoRAError(f"{found}, expected some of {', '.join(sorted(served))}, or all")
-        if unknown := self.target_modules - served:
+        if unknown := given - {kind.removeprefix("experts.") for kind in served}:
             logger.warning("--lora-target-modules: no layer is served for %s", ", ".join(sorted(unknown)))
         if missing := adapted - self.target_modules:
             raise BDLoRAError(f"{found}, expected also {', '.join(sorted(missing))}, which the given adapters target")
 
     def _detect_shared_outer_loras(self) -> bool:
-        return False  # a format of MoE experts, which are not served
+        return False  # a format of MoE experts that PEFT does not have
 
     def init_lora_modules(self) -> None:
-        """Wrap the layers that adapters may target here; all others, MoE experts among them, stay as they are."""
+        """Wrap the layers that adapters may target here; all others stay as they are."""
         self.embed_tokens_module = self.lm_head_module = None
         # SGLang's lists are by the number of a layer. Nobody asks for one by its number here.
         self.lora_modules: list[dict[str, Any]] = [{}]
         for name in sorted(self.served.layers):
-            if _leaf(name) in self.target_modules:
-                wrapped = wrap_layer(name, self.base_model.get_submodule(name), self.lora_backend)
-                self.lora_modules[0][name] = replace_submodule(self.base_model, name, wrapped)
+            if layer_kind(name) not in self.target_modules:
+                continue
+            module = self.served.experts.get(name, name)
+            layer = self.base_model.get_submodule(module)
+            if not isinstance(layer, BaseLayerWithLoRA):
+                layer = replace_submodule(self.base_model, module, wrap_layer(module, layer, self.lora_backend))
+            self.lora_modules[0][name] = layer.projection(name) if name in self.served.experts else layer
 
     def init_memory_pool(self) -> None:
         self.memory_pool = BDLoRAMemoryPool(
@@ -221,7 +229,7 @@ class BDLoRAManager(LoRAManager):
             self.loras[lora_id] = replace(lora, packed=self.memory_pool.stage(lora.packed))
         # Now, because SGLang sizes the KV cache next, by the memory that is left.
         self.scratch_bytes = self.kernels.reserve(
-            {name: layer_shape(name, layer) for name, layer in self._base_layers().items()}, batch_limits()
+            {name: self.sharding.shape(name, layer) for name, layer in self._base_layers().items()}, batch_limits()
         )
 
     def _slot_sizes(self) -> dict[str, SlotSize]:
@@ -233,7 +241,7 @@ class BDLoRAManager(LoRAManager):
         own = slot_sizes_for_adapters(layers, [lora.plan for lora in self.loras.values()])
         # Shards can be uneven; the same slots on every rank make an adapter that fits on one fit on all.
         sizes: list[dict[str, SlotSize]] = get_parallel().tp_group.all_gather_object(own)
-        given = {name: _largest(rank_sizes[name] for rank_sizes in sizes) for name in own}
+        given = {name: SlotSize.largest(rank_sizes[name] for rank_sizes in sizes) for name in own}
         limit = self.options.max_local_rank or (self.max_lora_rank if self._rank_is_given else None)
         if limit is None:
             return given
@@ -246,7 +254,7 @@ class BDLoRAManager(LoRAManager):
         sizes = slot_sizes_for_adapters(self._base_layers(), [lora.plan for lora in self.loras.values()])
         return sum(size.a + size.b for size in sizes.values()) / max(1, self.memory_pool.slot_elements)
 
-    def _base_layers(self) -> dict[str, torch.nn.Module]:
+    def _base_layers(self) -> dict[str, torch.nn.Module | ExpertProjection]:
         return {name: module.base_layer for by_name in self.lora_modules for name, module in by_name.items()}
 
     def update_lora_info(self) -> None:
@@ -278,17 +286,6 @@ class BDLoRAManager(LoRAManager):
             graph = "prefill"
         self.lora_backend.prepare(forward_batch, slots, graph)
         self.memory_pool.guard.read_by_next_forward(slot for slot in slots if slot != NO_SLOT)
-
-
-def _largest(sizes: Iterable[SlotSize]) -> SlotSize:
-    largest = SlotSize()
-    for size in sizes:
-        largest = largest.max(size)
-    return largest
-
-
-def _leaf(name: str) -> str:
-    return name.rpartition(".")[2]
 
 
 def _read_added_tokens(folder: Path) -> Mapping[str, int] | None:

@@ -10,6 +10,7 @@ from bdlora_kernels import PackedAdapter, SlotSize
 from bdlora_sglang.errors import BDLoRAError
 from bdlora_sglang.serving.kernels import Kernels, Slots
 from bdlora_sglang.serving.local_adapter import AdapterPlan, LocalAdapter
+from bdlora_sglang.serving.served_modules import layer_kind
 from bdlora_sglang.serving.sharding import Sharding
 from bdlora_sglang.serving.slot_guard import SlotGuard
 
@@ -57,7 +58,7 @@ class BDLoRAMemoryPool(LoRAMemoryPool):
         for name, layer in adapter.layers.items():
             size = self._slot_sizes.get(name, SlotSize())
             if not size:
-                kinds = sorted({_kind(other) for other in self.slots.layers})
+                kinds = sorted({layer_kind(other) for other in self.slots.layers})
                 flag = (
                     self._sharding.flag_that_fits(adapter.rank, adapter.local_rank)
                     if name in self._slot_sizes
@@ -92,7 +93,3 @@ class BDLoRAMemoryPool(LoRAMemoryPool):
 
     def _clear_buffer_slot_for_base(self, buffer_id: int) -> None:
         self.slots.clear(buffer_id)
-
-
-def _kind(layer: str) -> str:
-    return layer.rpartition(".")[2]

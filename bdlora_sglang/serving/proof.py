@@ -6,18 +6,21 @@ layer's output is compared with the dense product.
 
 import math
 
+import numpy as np
 import torch
 from sglang.srt.distributed.parallel_state import GroupCoordinator
-from sglang.srt.layers.linear import ColumnParallelLinear, RowParallelLinear
+from sglang.srt.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
 from sglang.srt.runtime_context import get_parallel
 
 from bdlora_sglang.adapter import Adapter
 from bdlora_sglang.errors import BDLoRAError
 from bdlora_sglang.serving.backend import BatchInfo
+from bdlora_sglang.serving.kernels import NO_SLOT
 from bdlora_sglang.serving.local_adapter import AdapterPlan, plan_adapter, read_adapter
 from bdlora_sglang.serving.manager import BDLoRAManager
-from bdlora_sglang.serving.served_modules import VOCABULARY, ServedModule
-from bdlora_sglang.serving.sharding import layer_shape
+from bdlora_sglang.serving.module_parts import ServedModule
+from bdlora_sglang.serving.served_modules import VOCABULARY, layer_kind
+from bdlora_sglang.serving.sharding import ExpertProjection, layer_shape
 
 _TOKENS = 3
 _RANKS = (8, 4, 2, 1)
@@ -38,7 +41,7 @@ def prove_deltas(manager: BDLoRAManager, group: GroupCoordinator | None = None) 
     """
     first_of_kind: dict[str, str] = {}
     for name in manager.memory_pool.slots.layers:
-        kind = name.rpartition(".")[2]
+        kind = layer_kind(name)
         if kind not in VOCABULARY:  # which are given tokens, and rows of a batch
             first_of_kind.setdefault(kind, name)
     proofs = [_Proof(manager, name, group or get_parallel().tp_group) for name in first_of_kind.values()]
@@ -54,7 +57,7 @@ class _Proof:
 
     def run(self) -> bool:
         """False where a slot is too small for any module, or the layer is no linear one or gathers its output."""
-        is_linear = isinstance(self.base, (ColumnParallelLinear, RowParallelLinear))
+        is_linear = isinstance(self.base, (ColumnParallelLinear, RowParallelLinear, ReplicatedLinear, ExpertProjection))
         module = self._module_that_fits() if is_linear else None
         if module is None or getattr(self.base, "gather_output", False):
             return False
@@ -141,6 +144,9 @@ class _Proof:
 
     def _forward(self, x_local: torch.Tensor) -> torch.Tensor:
         """The layer's output on this rank alone, in float32; without a batch, SGLang runs the base layer."""
+        if isinstance(self.base, ExpertProjection):
+            slot = NO_SLOT if self.manager.lora_backend.batch_info is None else 0
+            return self.wrapped(x_local, np.full(_TOKENS, slot)).float()
         options = {"skip_all_reduce": True} if isinstance(self.base, RowParallelLinear) else {}
         return self.wrapped(x_local, **options)[0].float()
 

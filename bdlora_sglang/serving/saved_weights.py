@@ -9,7 +9,8 @@ import torch
 from bdlora_sglang.adapter import Adapter
 from bdlora_sglang.adapter.tensors import refuse_ignored, tensors_subject
 from bdlora_sglang.errors import AdapterError
-from bdlora_sglang.serving.served_modules import ServedModule, ServedModules, module_key
+from bdlora_sglang.serving.module_parts import ServedModule
+from bdlora_sglang.serving.served_modules import ServedModules, module_key
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ def check_saved_weights(adapter: Adapter, base_model: torch.nn.Module, served: S
         module, _, kind = module_key(name).rpartition(".")
         parameter = parameters.get(module_key(name))
         parts = served.parts.get(module, ())
-        if kind == "weight" and parts:
+        if kind == "weight" and parts and parts[0].layer not in served.experts:
             if all(_holds(adapter, tensor, base_model.get_submodule(part.layer), part) for part in parts):
                 unused[tensor] = IS_BASE_MODELS
             else:

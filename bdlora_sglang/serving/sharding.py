@@ -5,13 +5,22 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from sglang.srt.layers.linear import ColumnParallelLinear, RowParallelLinear
+from sglang.srt.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
 from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from bdlora_kernels import LayerFactors, LayerPlan, SlotSize
 from bdlora_sglang.adapter import Adapter, LoRAModule
 from bdlora_sglang.serving.kernels import Kernels, LayerShape
-from bdlora_sglang.serving.served_modules import ServedModule, module_key
+from bdlora_sglang.serving.module_parts import ServedModule
+from bdlora_sglang.serving.served_modules import module_key
+
+
+@dataclass(frozen=True)
+class ExpertProjection:
+    """One product of one expert on this rank, which LoRA takes for a layer of ``modules`` fused PEFT modules."""
+
+    shape: LayerShape
+    modules: int
 
 
 @dataclass(frozen=True)
@@ -43,7 +52,10 @@ class Sharding(Protocol):
         Reading them raises `AdapterError` for NaN, infinity, or a value too large for ``dtype``.
         """
 
-    def slot_size(self, name: str, layer: torch.nn.Module, rank: int) -> SlotSize:
+    def shape(self, name: str, layer: torch.nn.Module | ExpertProjection) -> LayerShape:
+        """What the kernels read and write of ``name`` on this rank."""
+
+    def slot_size(self, name: str, layer: torch.nn.Module | ExpertProjection, rank: int) -> SlotSize:
         """One of ``name`` that fits any adapter of at most ``rank``: the local or the whole one (`flag_that_fits`)."""
 
     def forward_with_base(
@@ -61,17 +73,28 @@ class Sharding(Protocol):
         """
 
 
-def layer_shape(name: str, layer: torch.nn.Module) -> LayerShape:
+def layer_shape(name: str, layer: torch.nn.Module | ExpertProjection) -> LayerShape:
     """What a layer reads and writes on this rank, before its own collective.
 
     Of an embedding, that is a column for each token of the vocabulary; tied layers are told apart by ``name``.
     """
+    if isinstance(layer, ExpertProjection):
+        return layer.shape
     if isinstance(layer, RowParallelLinear):
         return LayerShape(layer.input_size_per_partition, layer.output_size)
     if isinstance(layer, ColumnParallelLinear):
         return LayerShape(layer.input_size, sum(layer.output_partition_sizes))
+    if isinstance(layer, ReplicatedLinear):
+        return LayerShape(layer.input_size, layer.output_size)
     assert isinstance(layer, VocabParallelEmbedding), f"{name}: a {type(layer).__name__}"
     hidden, tokens = layer.embedding_dim, layer.num_embeddings_per_partition
     if module_key(name) == "lm_head":
         return LayerShape(hidden, tokens)
     return LayerShape(tokens, hidden, looks_up=True)
+
+
+def fused_modules(layer: torch.nn.Module | ExpertProjection) -> int:
+    """How many PEFT modules a layer computes side by side."""
+    if isinstance(layer, ExpertProjection):
+        return layer.modules
+    return len(layer.output_partition_sizes) if isinstance(layer, ColumnParallelLinear) else 1

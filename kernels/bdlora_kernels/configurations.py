@@ -69,7 +69,8 @@ class Configuration:
 class Shape:
     """What a configuration is chosen by: tokens of the batch and the most tiles that they fall into, inputs and outputs
     of the layer on this GPU, tokens of a tile, ranks of a block of the shrink and of the expand, programs that share a
-    tile's rows of A, and elements of B that are loaded at once."""
+    tile's rows of A, and elements of B that are loaded at once; whether TP ranks exchange h, which is of the model's type
+    then."""
 
     tokens: int
     tiles: int
@@ -79,12 +80,15 @@ class Shape:
     shrink_rank: int
     row_programs: int
     expand_rank: int
-    expand_width: int
+    expand_width: int = 8
+    exchanged: bool = False
 
     @property
     def blocks(self) -> tuple[int, ...]:
         """A configuration suits one size of tiles and blocks: with others it might run out of registers."""
-        return self.block_tokens, self.shrink_rank, self.row_programs, self.expand_rank, self.expand_width
+        return (
+            self.block_tokens, self.shrink_rank, self.row_programs, self.expand_rank, self.expand_width, self.exchanged
+        )  # fmt: skip
 
     def distance(self, other: "Shape") -> float:
         """How far two shapes with the same blocks are apart: doubling a size is a step of one."""
@@ -140,14 +144,15 @@ def by_formula(shape: Shape, capability: int, deterministic: bool = False) -> Co
     wide = 90 <= capability < 100 and shape.expand_rank <= 16 and shape.expand_width >= 4
     return Configuration(
         overlap=decode,
-        prefetch_b=decode and _worth_fetching(shape, capability),
-        pdl=not decode and capability >= 90,
+        prefetch_b=decode and not deterministic and _worth_fetching(shape, capability),
+        pdl=not decode and not shape.exchanged and capability >= 90,
         splits=splits,
         block_k=128 if decode else 64,
         shrink_warps=4,
         shrink_stages=3 if decode else 4,
         shrink_registers=224 if not decode else 96 if shape.shrink_rank <= 32 else 184,
-        tokens_at_once=8 if decode else 32,
+        # With more, the assembler spills where h has 16 bits.
+        tokens_at_once=8 if decode else 16 if shape.exchanged else 32,
         block_o=64 if not decode else 256 if wide else 128,
         expand_warps=4,
         expand_registers=96 if decode else 128 if shape.expand_rank <= 16 else 168,

@@ -1,6 +1,7 @@
 """How much room one slot of one layer has."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import Protocol
 
@@ -19,6 +20,9 @@ class Measured(Protocol):
     @property
     def b_elements(self) -> int: ...
 
+    @property
+    def gathered(self) -> int: ...
+
 
 @dataclass(frozen=True)
 class SlotSize:
@@ -29,6 +33,7 @@ class SlotSize:
         ranks: ranks of all slices together, however many there are.
         usual_rank, usual_ranks: rank of one slice, and of all together, of most adapters. No limits: the kernels are
             chosen by them.
+        gathered: TP ranks whose shrink outputs B takes (`plan_layer`): the same for every adapter.
     """
 
     a: int = 0
@@ -36,16 +41,22 @@ class SlotSize:
     ranks: int = 0
     usual_rank: int = 0
     usual_ranks: int = 0
+    gathered: int = 1
 
     @classmethod
     def of(cls, factors: Measured) -> "SlotSize":
         """Just large enough for ``factors``."""
         ranks = [part.rank for part in factors.slices]
-        return cls(factors.a_elements, factors.b_elements, sum(ranks), max(ranks), sum(ranks))
+        return cls(factors.a_elements, factors.b_elements, sum(ranks), max(ranks), sum(ranks), factors.gathered)
 
     def __bool__(self) -> bool:
         """Whether there is room for anything at all."""
         return self.ranks > 0
+
+    @classmethod
+    def largest(cls, sizes: Iterable["SlotSize"]) -> "SlotSize":
+        """Large enough for whatever fits any of them."""
+        return functools.reduce(cls.max, sizes, cls())
 
     def max(self, other: "SlotSize") -> "SlotSize":
         """Large enough for whatever fits either."""

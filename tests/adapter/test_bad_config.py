@@ -71,7 +71,6 @@ FEATURES = {
     "lora_bias": (True, "bias in lora_B"),
     "bias": ("all", "trained biases"),
     "trainable_token_indices": ([3, 4], "trainable tokens"),
-    "target_parameters": (["mlp.experts.down_proj"], "MoE experts"),
     "alora_invocation_tokens": ([5], "activated LoRA"),
     "layer_replication": ([[0, 2], [1, 3]], "layer replication"),
     "megatron_config": ({"tensor_model_parallel_size": 2}, "Megatron"),

@@ -19,7 +19,15 @@ from bdlora_kernels.triton_expand import expand_kernel
 from bdlora_kernels.triton_shrink import shrink_kernel
 from bdlora_perf.kernels.absent_gpu import Launched, absent_gpu
 from bdlora_perf.kernels.static import RANKS, sweep
-from tests.kernels.compiling import Layer, compiled, compiled_lookup, configuration_of, launches, layers_in_use
+from tests.kernels.compiling import (
+    Layer,
+    compiled,
+    compiled_lookup,
+    compiled_with_exchange,
+    configuration_of,
+    launches,
+    layers_in_use,
+)
 
 each_architecture = pytest.mark.parametrize("capability", ARCHITECTURES, ids="sm_{}".format)
 
@@ -66,6 +74,31 @@ def check_registers(found: Iterable[tuple[Layer, Launched]]) -> None:
         assert code.stack == 0, f"{code.name} spills {code.stack} bytes in {layer}"
         expected = PROGRAMS[code.name][0 if layer.decode and layer.slices * layer.rank <= 32 else 1]
         assert resident(launched) >= expected, f"{code.name}: {code.registers} registers in {layer}"
+
+
+def sharded_layers(tokens: int, decode: bool) -> list[Layer]:
+    """qkv and o of 70B, fully sharded over 8 ranks, at rank 16: 2 rows of A for each of q, k, v; all 16 of o's."""
+    qkv = Layer(tokens, 8, 8192, 1280, 3, 2, decode=decode, gathered=8, exchanged=True)
+    return [qkv, Layer(tokens, 8, 1024, 1024, 1, 16, decode=decode, exchanged=True)]
+
+
+@each_architecture
+def test_fully_sharded_layers_have_registers_and_occupancy_as_well(capability: int) -> None:
+    for decode, tokens in ((True, 64), (False, 8192)):
+        for layer in sharded_layers(tokens, decode):
+            for launched in compiled_with_exchange(layer, capability):
+                code = launched.code
+                assert code.stack == 0, f"{code.name} spills {code.stack} bytes in {layer}"
+                assert resident(launched) >= PROGRAMS[code.name][0 if decode else 1], (code.registers, layer)
+
+
+def test_a_fully_sharded_batch_of_another_size_runs_the_same_binary() -> None:
+    binaries = []
+    for tokens in (33, 64, 100):
+        for layer in sharded_layers(tokens, decode=True):
+            assert len(compiled_with_exchange(layer, 90)) == 2
+        binaries.append([len(kernel.device_caches[90][0]) for kernel in (shrink_kernel, expand_kernel)])
+    assert binaries[0] == binaries[1] == binaries[2]
 
 
 @each_architecture

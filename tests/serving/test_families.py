@@ -4,6 +4,7 @@ import atexit
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,12 @@ EXPERTS = {
     "plain": {"rank": 6, "target_modules": ATTENTION},
     "bd2": {"rank": 8, "nblocks": 2, "target_modules": ["q_proj", "v_proj", "o_proj"]},
 }
+# Of the language model alone: the vision tower has gate, up and down projections, too.
+OF_TEXT = r".*language_model.*\.({})"
+VISION_LANGUAGE = {
+    "plain": {"rank": 6, "target_modules": OF_TEXT.format("q_proj|v_proj|gate_proj|down_proj")},
+    "bd2": {"rank": 8, "nblocks": 2, "target_modules": OF_TEXT.format("q_proj|k_proj|o_proj|up_proj|down_proj")},
+}
 ODD_VOCABULARY = {"vocab_size": 516}  # which SGLang pads to 576
 ALL = {"lora_target_modules": ["all"], "max_lora_rank": 8}
 
@@ -69,11 +76,13 @@ FAMILIES = [
     Family("gemma2", 1, GEMMA, full=True),
     Family("gemma2", 2, GEMMA, full=True),
     Family("gemma2", 4, GEMMA, EIGHT_HEADS, full=True),
-    Family("qwen3_moe", 2, EXPERTS, engine=ALL),
+    Family("qwen3_moe", 2, EXPERTS, engine=ALL, full=True),
     Family("qwen3_moe", 1, EXPERTS, full=True),
     Family("qwen3_moe", 4, EXPERTS, EIGHT_HEADS, full=True),
     Family("mixtral", 1, EXPERTS, engine=ALL),
     Family("mixtral", 2, EXPERTS, full=True),
+    Family("qwen2_5_vl", 2, VISION_LANGUAGE),
+    Family("qwen2_5_vl", 1, VISION_LANGUAGE, full=True),
 ]
 
 
@@ -84,6 +93,10 @@ class Case:
     model: Path
     adapters: dict[str, Path]
     reference: PeftReference
+
+    def reference_of(self, name: str | None) -> tuple[PeftReference, Path | None]:
+        """The model and the adapter that say what requests for ``name`` get."""
+        return self.reference, self.adapters.get(name or "")
 
     def assert_equals_peft(self, names: list[str | None], path: Path | None = None) -> None:
         """Tokens, and log-probabilities within 1e-4, of new tokens and of the prompt, in one batch."""
@@ -96,13 +109,14 @@ class Case:
             logprob_start_len=[0 if index % 2 else -1 for index in range(len(requests))],
         )
         for (name, prompt), answer in zip(requests, answers, strict=True):
-            folder = path or self.adapters.get(name or "")
-            expected = self.reference.generate(prompt, folder, NEW_TOKENS)
+            reference, folder = self.reference_of(name)
+            folder = path or folder
+            expected = reference.generate(prompt, folder, NEW_TOKENS)
             assert answer["output_ids"] == expected.tokens, f"{name}: smallest logit gap {min(expected.gaps)}"
             assert _error(answer["meta_info"]["output_token_logprobs"], expected.logprobs) < 1e-4, name
             of_prompt = answer["meta_info"]["input_token_logprobs"][1:]
             if len(of_prompt) > 1:
-                assert _error(of_prompt, self.reference.logprobs(prompt[:1], folder, prompt[1:])) < 1e-4, name
+                assert _error(of_prompt, reference.logprobs(prompt[:1], folder, prompt[1:])) < 1e-4, name
 
 
 def _error(entries: list[Any], expected: list[float]) -> float:
@@ -114,37 +128,43 @@ def _named(family: Family) -> Any:
     return pytest.param(family, id=f"{family.architecture}-tp{family.tp}", marks=marks)
 
 
-@pytest.fixture(scope="module", params=[_named(family) for family in FAMILIES])
-def case(request: pytest.FixtureRequest, zoo: Zoo) -> Iterator[Case]:
+@contextmanager
+def engine_of(model: Path, adapters: dict[str, Path], tp: int, **options: Any) -> Iterator[Any]:
     from bdlora_sglang import Engine
 
-    family: Family = request.param
-    model = zoo.model(family.architecture, **family.model)
-    adapters = {
-        name: zoo.adapter(model, f"family-{name}", seed=60 + index, **spec)
-        for index, (name, spec) in enumerate(family.adapters.items())
-    }
     with pytest.MonkeyPatch.context() as patch:
         # The rows of an output head come in passes of so many.
         patch.setenv("SGLANG_ENABLE_LOGPROB_CHUNK", "1")
         patch.setenv("SGLANG_LOGPROB_CHUNK_SIZE", "32")
         engine = Engine(
             model_path=str(model),
-            tp_size=family.tp,
+            tp_size=tp,
             dtype="float32",
             lora_paths=[f"{name}={path}" for name, path in adapters.items()],
             max_loras_per_batch=len(adapters) + 1,
             max_running_requests=32,
             skip_tokenizer_init=True,
             log_level="error",
-            **family.engine,
+            **options,
         )
     try:
-        yield Case(family, engine, model, adapters, PeftReference(model))
+        yield engine
     finally:
         engine.shutdown()
         # SGLang would shut it down once more at exit, and log that to a stream which pytest has closed.
         atexit.unregister(engine.shutdown)
+
+
+@pytest.fixture(scope="module", params=[_named(family) for family in FAMILIES])
+def case(request: pytest.FixtureRequest, zoo: Zoo) -> Iterator[Case]:
+    family: Family = request.param
+    model = zoo.model(family.architecture, **family.model)
+    adapters = {
+        name: zoo.adapter(model, f"family-{name}", seed=60 + index, **spec)
+        for index, (name, spec) in enumerate(family.adapters.items())
+    }
+    with engine_of(model, adapters, family.tp, **family.engine) as engine:
+        yield Case(family, engine, model, adapters, PeftReference(model))
 
 
 def test_tokens_and_logprobs_equal_peft(case: Case) -> None:
@@ -250,3 +270,15 @@ def test_what_comes_along(case: Case, tmp_path: Path) -> None:
         for part in parts:
             assert part in result.error_message, (name, result.error_message)
     case.assert_equals_peft([None, "ends"])
+
+
+@pytest.mark.parametrize("case", [_named(family) for family in FAMILIES if family.architecture == "qwen2_5_vl"][:1],
+                         indirect=True)  # fmt: skip
+def test_the_vision_tower_is_another(case: Case, zoo: Zoo) -> None:
+    """Its layers have the numbers and the names of the language model's."""
+    for name, targets in {"both": ["down_proj"], "vision": r".*visual.*\.down_proj"}.items():
+        folder = zoo.adapter(case.model, f"tower-{name}", rank=4, target_modules=targets, seed=70)
+        result = case.engine.load_lora_adapter(name, str(folder))
+        assert not result.success
+        assert "module 'model.visual.blocks.0.mlp.down_proj'" in result.error_message
+    case.assert_equals_peft([None, "plain"])

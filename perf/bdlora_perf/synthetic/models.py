@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bdlora_perf.synthetic.tokenizer import BOS_ID, EOS_ID, VOCAB_SIZE, make_tokenizer, unprintable_tokens
+from bdlora_perf.synthetic.tokenizer import (
+    BOS_ID,
+    EOS_ID,
+    VOCAB_SIZE,
+    make_tokenizer,
+    make_word_tokenizer,
+    unprintable_tokens,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,6 +61,21 @@ _ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gemma2": {"tie_word_embeddings": True, "query_pre_attn_scalar": 8, "sliding_window": 2048},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True},
     "mixtral": {"hidden_size": 192, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    "qwen2_5_vl": {
+        "hidden_size": 192,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+    },
+}
+# Of models that see, whose language model has the shape above.
+_VISION: dict[str, dict[str, Any]] = {
+    "qwen2_5_vl": {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 4,
+        "out_hidden_size": 192,
+        "fullatt_block_indexes": [1],
+    },
 }
 ARCHITECTURES = tuple(_ARCHITECTURES)
 
@@ -86,11 +108,15 @@ def make_model(
     """
     if architecture not in _ARCHITECTURES:
         raise ValueError(f"architecture {architecture!r}: expected one of {', '.join(ARCHITECTURES)}")
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    config = AutoConfig.for_model(architecture, **{**_SHAPE, **_ARCHITECTURES[architecture], **overrides})
+    shape = {**_SHAPE, **_ARCHITECTURES[architecture], **overrides}
+    if vision := _VISION.get(architecture):
+        tied = shape["tie_word_embeddings"]
+        shape = {"text_config": shape, "vision_config": vision, "tie_word_embeddings": tied}
+    config = AutoConfig.for_model(architecture, **shape)
     config.dtype = torch.float32
-    model = AutoModelForCausalLM.from_config(config)
+    model = model_class(config).from_config(config)
     _fill_weights(model, torch.Generator().manual_seed(seed), zero_centred_norms=architecture.startswith("gemma"))
     tokenizer = make_tokenizer()
     if printable:
@@ -102,7 +128,39 @@ def make_model(
     with _no_progress_bar():
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    if vision:
+        _save_image_processor(folder)
     return folder
+
+
+def model_class(config: Any) -> Any:
+    """The class of transformers that makes the model with all its towers."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+
+
+def _save_image_processor(folder: Path) -> None:
+    from transformers import AutoTokenizer, Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    Qwen2_5_VLProcessor(Qwen2VLImageProcessor(), tokenizer, Qwen2VLVideoProcessor()).save_pretrained(folder)
+
+
+def make_model_without_weights(folder: str | Path, **fields: Any) -> Path:
+    """The config of a Llama and a tokenizer of words, for servers that fill in weights (``--load-format dummy``).
+
+    Args:
+        folder: where it is written; made if need be.
+        **fields: of the config.
+    """
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(**{**_SHAPE, **fields}, architectures=["LlamaForCausalLM"])
+    config.dtype = torch.bfloat16
+    config.save_pretrained(folder)
+    make_word_tokenizer(config.vocab_size).save_pretrained(folder)
+    return Path(folder)
 
 
 @contextmanager
@@ -120,7 +178,7 @@ def _no_progress_bar() -> Iterator[None]:
 
 def _fill_weights(model: "PreTrainedModel", generator: torch.Generator, zero_centred_norms: bool) -> None:
     tied = bool(model.config.tie_word_embeddings)
-    logit_std = _LOGIT_STD / math.sqrt(int(model.config.hidden_size))
+    logit_std = _LOGIT_STD / math.sqrt(int(model.config.get_text_config().hidden_size))
     residual_gain = _TIED_RESIDUAL_GAIN if tied else _RESIDUAL_GAIN
     for name, weight in sorted(model.named_parameters()):
         mean = 0.0
@@ -145,7 +203,8 @@ def make_adapter(
     *,
     rank: int = 8,
     nblocks: int | None = None,
-    target_modules: Sequence[str] = ALL_MODULES,
+    target_modules: Sequence[str] | str = ALL_MODULES,
+    target_parameters: Sequence[str] = (),
     seed: int = 0,
     alpha: float | None = None,
     use_rslora: bool = False,
@@ -162,7 +221,8 @@ def make_adapter(
         model_folder: the base model; only its config is read.
         rank: the whole rank, all blocks together.
         nblocks: blocks of the block-diagonal factors; None makes a plain LoRA adapter.
-        target_modules: the last parts of the names of the modules that get LoRA.
+        target_modules: the last parts of the names of the modules that get LoRA, or a regular expression.
+        target_parameters: those of parameters, such as "experts.down_proj".
         seed: of the weights.
         alpha: ``lora_alpha``; twice the rank if None.
         use_rslora, rank_pattern, alpha_pattern, layers_to_transform: PEFT's fields.
@@ -174,7 +234,7 @@ def make_adapter(
         ValueError: PEFT refuses the arguments, for example blocks that do not divide a module.
     """
     from peft import BdLoraConfig, LoraConfig, get_peft_model, get_peft_model_state_dict
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     bdlora = None
     if nblocks is not None:
@@ -189,13 +249,15 @@ def make_adapter(
         use_rslora=use_rslora,
         rank_pattern=dict(rank_pattern or {}),
         alpha_pattern=dict(alpha_pattern or {}),
-        target_modules=list(target_modules),
+        target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
+        target_parameters=list(target_parameters) or None,
         layers_to_transform=None if layers_to_transform is None else list(layers_to_transform),
         use_bdlora=bdlora,
         task_type="CAUSAL_LM",
     )
     with torch.device("meta"):  # shapes are all that is needed of the base model, so its size does not matter
-        base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_folder))
+        base_config = AutoConfig.from_pretrained(model_folder)
+        base = model_class(base_config).from_config(base_config)
         model = get_peft_model(base, config)
     generator = torch.Generator().manual_seed(seed)
     weights: dict[str, torch.Tensor] = {}
@@ -204,9 +266,10 @@ def make_adapter(
         if factors is None:
             continue
         a, b = (factor for _, factor in factors)
-        # A's outputs have unit variance; B's sum as many of them as it has columns. An embedding looks A up.
+        # A's outputs have unit variance; B's sum as many of them as it has columns (an expert's share of those of all
+        # experts). An embedding looks A up.
         a_std = 1.0 if getattr(layer, "lora_embedding_A", None) else 1 / math.sqrt(a.shape[1])
-        b_std = scale / (layer.scaling["default"] * math.sqrt(b.shape[1]))
+        b_std = scale / (layer.scaling["default"] * math.sqrt(b.shape[1] / getattr(layer, "num_experts", 1)))
         for (suffix, weight), std in zip(factors, (a_std, b_std), strict=True):
             values = std * torch.randn(weight.shape, generator=generator)
             weights[f"{name}.{suffix}"] = values.to(dtype)
@@ -231,6 +294,7 @@ def settle_config(path: Path, model_folder: str | Path) -> None:
     """Sort what PEFT writes in the order of a set, which changes from process to process, and name the base model."""
     config = json.loads(path.read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = os.fspath(model_folder)
-    if isinstance(config["target_modules"], list):
-        config["target_modules"].sort()
+    for field in ("target_modules", "target_parameters"):
+        if isinstance(config[field], list):
+            config[field].sort()
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

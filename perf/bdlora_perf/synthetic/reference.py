@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from bdlora_perf.synthetic.models import model_class
+
 if TYPE_CHECKING:
     from peft import PeftModel
 
@@ -33,10 +35,11 @@ class PeftReference:
     """
 
     def __init__(self, model_folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig
 
         self._dtype = dtype
-        model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype, attn_implementation="eager")
+        auto_class = model_class(AutoConfig.from_pretrained(model_folder))
+        model = auto_class.from_pretrained(model_folder, dtype=dtype, attn_implementation="eager")
         self._base = cast(Any, model).to(device).eval()
         self._peft: PeftModel | None = None
         self._names: dict[Path, str] = {}
