@@ -69,8 +69,8 @@ class Configuration:
 class Shape:
     """What a configuration is chosen by: tokens of the batch and the most tiles that they fall into, inputs and outputs
     of the layer on this GPU, tokens of a tile, ranks of a block of the shrink and of the expand, programs that share a
-    tile's rows of A, and elements of B that are loaded at once; whether TP ranks exchange h, which is of the model's type
-    then."""
+    tile's rows of A, and elements of B that are loaded at once; whether TP ranks exchange h, which is of the model's
+    type then."""
 
     tokens: int
     tiles: int
