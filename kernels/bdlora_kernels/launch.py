@@ -183,6 +183,7 @@ def shape_of(
         shrink_rank=tables.shrink.block_rank,
         row_programs=tables.shrink.row_programs,
         expand_rank=tables.expand.block_rank,
+        expand_width=tables.expand.width,
         exchanged=exchanged,
     )
 
@@ -215,7 +216,8 @@ def shrink_launch(
         {
             "SPLITS": splits, "BLOCK_T": segments.block_tokens, "BLOCK_K": configuration.block_k,
             "BLOCK_R": table.block_rank, "STAGES": configuration.shrink_stages,
-            "ENTRIES": tables.expand.first_entries, "PREFETCH": configuration.overlap, "PDL": configuration.pdl,
+            "ENTRIES": tables.expand.first_entries, "PREFETCH": configuration.overlap,
+            "PREFETCH_B": configuration.prefetch_b, "PDL": configuration.pdl,
             "num_warps": configuration.shrink_warps, "maxnreg": configuration.shrink_registers,
         },
     )  # fmt: skip

@@ -12,6 +12,8 @@ from bdlora_kernels.triton_shrink import load_tile
 _ENTRY_FIELDS = tl.constexpr(tables.ENTRY_FIELDS)
 # Columns of B that are summed up on their own where loads cannot be wide.
 _COLUMNS = tl.constexpr(16)
+# The numbers of so many tokens are loaded ahead.
+_FEW_TOKENS = tl.constexpr(8)
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -151,6 +153,12 @@ def expand_kernel(
     if count > 0:
         header_ptr = entries_ptr + slot * entries_stride
         num_slices, entry_ptr = tl.load(header_ptr), header_ptr + _ENTRY_FIELDS
+        position_T = tl.arange(0, BLOCK_T)
+        # Beside the entries, not behind them, as neither tells where the other is. Large tiles of older architectures,
+        # which have no PDL either, lack the registers.
+        ahead: tl.constexpr = PDL or BLOCK_T <= _FEW_TOKENS
+        if ahead:
+            token_T = tl.load(tokens_ptr + start + position_T, mask=position_T < count, other=0)
         first_output = block * BLOCK_O
         o_O = first_output + tl.arange(0, BLOCK_O)
         # The first entry that writes here, by one step of loads; what the others hold is then in the first-level cache.
@@ -161,9 +169,9 @@ def expand_kernel(
         first_slice = tl.min(tl.where(writes_E, e_E, ENTRIES))
         slot_b_ptr = b_ptr + slot.to(tl.int64) * b_stride
         for first_token in tl.range(0, count, BLOCK_T, num_stages=1):
-            position_T = first_token + tl.arange(0, BLOCK_T)
-            in_tile_T = position_T < count
-            token_T = tl.load(tokens_ptr + start + position_T, mask=in_tile_T, other=0)
+            in_tile_T = first_token + position_T < count
+            if not ahead:
+                token_T = tl.load(tokens_ptr + start + first_token + position_T, mask=in_tile_T, other=0)
             y_ptrs = y_ptr + token_T.to(tl.int64)[None, :] * y_stride + o_O[:, None]
             y_mask = (o_O < outputs)[:, None] & in_tile_T[None, :]
             y_OT = tl.load(y_ptrs, mask=y_mask, other=0.0)
@@ -189,3 +197,6 @@ def expand_kernel(
                                                   GATHERED)  # fmt: skip
             if touched == 1:
                 tl.store(y_ptrs, (y_OT.to(tl.float32) + delta_OT).to(y_ptr.dtype.element_ty), mask=y_mask)
+            if ahead:
+                next_T = first_token + BLOCK_T + position_T
+                token_T = tl.load(tokens_ptr + start + next_T, mask=next_T < count, other=0)

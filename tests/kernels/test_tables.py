@@ -136,6 +136,15 @@ def test_overlap_without_pdl() -> None:
         replace(by_formula(Shape(1, 1, 1024, 8192, 16, 16, 1, 16), 90), pdl=True)
 
 
+def test_b_is_fetched_where_it_is_small_and_stays() -> None:
+    """Beside a product of 17 MB, B of 8 adapters (2 MB) and not of 32, nor beside one of 59 MB: the cache has 50."""
+    few, many = Shape(8, 8, 1024, 8192, 16, 16, 1, 16), Shape(256, 47, 1024, 8192, 16, 16, 1, 16)
+    assert by_formula(few, 90).prefetch_b and not by_formula(many, 90).prefetch_b
+    assert not by_formula(replace(few, inputs=3584), 90).prefetch_b
+    with pytest.raises(ValueError, match="found prefetch_b without overlap"):
+        replace(by_formula(few, 90), overlap=False)
+
+
 def test_a_tuned_configuration_where_one_is_near() -> None:
     shape = Shape(64, 35, 1024, 8192, 16, 16, 1, 16)
     tuned = replace(by_formula(shape, 90), splits=1, block_o=64)

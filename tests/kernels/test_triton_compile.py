@@ -5,6 +5,7 @@ In the types that are served: float32 has no tensor cores at full precision, and
 
 import os
 import re
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -16,13 +17,15 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from bdlora_kernels.configurations import ARCHITECTURES
 from bdlora_kernels.triton_expand import expand_kernel
 from bdlora_kernels.triton_shrink import shrink_kernel
-from bdlora_perf.kernels.absent_gpu import Launched
+from bdlora_perf.kernels.absent_gpu import Launched, absent_gpu
+from bdlora_perf.kernels.static import RANKS, sweep
 from tests.kernels.compiling import (
     Layer,
     compiled,
     compiled_lookup,
     compiled_with_exchange,
     configuration_of,
+    launches,
     layers_in_use,
 )
 
@@ -42,7 +45,30 @@ def resident(launched: Launched) -> int:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @each_architecture
 def test_registers_and_occupancy(capability: int, dtype: torch.dtype) -> None:
-    found = [(layer, launched) for layer in layers_in_use(dtype) for launched in compiled(layer, capability)]
+    check_registers((layer, launched) for layer in layers_in_use(dtype) for launched in compiled(layer, capability))
+
+
+@pytest.mark.full
+@each_architecture
+def test_registers_and_occupancy_of_every_configuration(capability: int) -> None:
+    """Of the sweep of ``bdlora perf kernels --static``: both models, both phases, all ranks and batches."""
+    known: set[object] = set()
+    for case in sweep(("Llama-3.1-70B", "Llama-3.1-8B"), ("decode", "prefill"), RANKS):
+        shape, decode = case.shape(), case.phase == "decode"
+        layer = Layer(
+            case.tokens, case.adapters, shape.inputs, shape.total_outputs, len(shape.outputs), case.rank, decode=decode
+        )
+        for launch in launches(layer, capability):
+            binary = launch.kernel.fn.__name__, tuple(sorted(launch.options.items()))
+            if binary not in known:
+                known.add(binary)
+                with absent_gpu(capability) as found:
+                    launch.run()
+                check_registers([(layer, found[0])])
+    assert len(known) > 20
+
+
+def check_registers(found: Iterable[tuple[Layer, Launched]]) -> None:
     for layer, launched in found:
         code = launched.code
         assert code.stack == 0, f"{code.name} spills {code.stack} bytes in {layer}"

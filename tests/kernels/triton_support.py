@@ -26,6 +26,7 @@ MAX_SPLITS = 4
 # Small blocks: many programs and many edges in small shapes.
 SPLITS = Configuration(
     overlap=False,
+    prefetch_b=False,
     pdl=False,
     splits=3,
     block_k=32,
@@ -37,7 +38,7 @@ SPLITS = Configuration(
     expand_warps=4,
     expand_registers=255,
 )
-OVERLAP = replace(SPLITS, splits=2, overlap=True)
+OVERLAP = replace(SPLITS, splits=2, overlap=True, prefetch_b=True)
 NO_SPLITS = replace(SPLITS, splits=1, block_k=64, tokens_at_once=16, block_o=64)
 CONFIGURATIONS = {"splits": SPLITS, "overlap": OVERLAP, "no-splits": NO_SPLITS}
 # Slots of layers whose shrink outputs are gathered, and reduced.

@@ -66,6 +66,14 @@ LAYOUTS: Mapping[Kind, Layout] = {
         Lines("ceiling", "share_of_ceiling", ("tokens",), _KERNEL_PANELS),
         panels=("model", "tp"),
     ),
+    "kernels-static": _layout(
+        ("time_us", "serial_us"),
+        ("phase", "rank"),
+        Lines("time", "time_us", ("tokens",), ("model", "adapters", "rank"), log_y=True),
+        Lines("serial", "serial_us", ("tokens",), ("model", "adapters", "rank"), log_y=True),
+        Lines("by-rank", "time_us", ("rank",), ("model", "adapters"), log_y=True),
+        panels=("model",),
+    ),
     "estimate": _layout(("latency_ms", "output_throughput"), ("phase", "concurrency", "rank"), _BREAKDOWN, _MEMORY),
     "engine": _layout(
         ("decode_ms", "prefill_ms"),
