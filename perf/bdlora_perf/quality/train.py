@@ -13,8 +13,8 @@ from torch.nn.functional import cross_entropy
 from bdlora_perf.quality.data import IGNORED, Batch, Example, Task, make_batch, training_batches
 from bdlora_perf.quality.init import Init, initialise_like_lora
 from bdlora_perf.quality.systems import TARGETS, AdapterShape
+from bdlora_perf.synthetic.models import lora_config
 from bdlora_sglang.convert.options import DTYPES
-from bdlora_sglang.convert.sides import SIDES, TPSide
 from bdlora_sglang.errors import BDLoRAError
 
 if TYPE_CHECKING:
@@ -72,7 +72,8 @@ class Trainer:
         """A fresh adapter on a copy of the base model."""
         from peft import get_peft_model
 
-        config = lora_config(shape, self.target, self.scaling)
+        nblocks = None if shape.nblocks == 1 else shape.nblocks
+        config = lora_config(shape.rank, nblocks, TARGETS[self.target], lora_alpha=self.scaling * shape.rank)
         return initialise_like_lora(get_peft_model(self._copy(), config), seed, init)
 
     def read_adapter(self, folder: Path, trainable: bool = False) -> "PeftModel":
@@ -154,26 +155,6 @@ def descend(
         optimizer.zero_grad()
         schedule.step()
         yield loss.detach()
-
-
-def lora_config(shape: AdapterShape, target: str, scaling: float) -> Any:
-    """PEFT's config; BD-LoRA's sides are those of `bdlora convert`."""
-    from peft import LoraConfig
-    from peft.tuners.lora.config import BdLoraConfig
-
-    modules = TARGETS[target]
-    blocks = None
-    if shape.nblocks > 1:
-        row, column = ([m for m in modules if SIDES[m] is side] for side in (TPSide.ROW, TPSide.COLUMN))
-        blocks = BdLoraConfig(target_modules_bd_a=row, target_modules_bd_b=column, nblocks=shape.nblocks)
-    alpha = scaling * shape.rank
-    return LoraConfig(
-        r=shape.rank,
-        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
-        target_modules=list(modules),
-        use_bdlora=blocks,
-        task_type="CAUSAL_LM",
-    )
 
 
 def count_parameters(model: "PeftModel") -> int:

@@ -5,16 +5,19 @@ import math
 import pandas as pd
 from scipy import stats
 
-from bdlora_perf.report.frame import CONFIDENCE, Results, count_rounds, label_with_unit
+from bdlora_perf.report.frame import CONFIDENCE, Results, count_rounds, describe, label_with_unit
 from bdlora_perf.report.tables import Table, point_cells, point_columns
 
 _MISSING = "-"
 
 
-def paired_tables(results: Results, metrics: tuple[str, ...]) -> list[Table]:
-    """For each of ``metrics`` and baseline: system minus baseline at every point, and the mean over all of them."""
+def paired_tables(results: Results, metrics: tuple[str, ...], grouped_by: tuple[str, ...] = ()) -> list[Table]:
+    """For each of ``metrics`` and baseline: system minus baseline at every point, and means over points.
+
+    The means are those over the points that agree on the dimensions ``grouped_by``, and over all.
+    """
     return [
-        _table(results, metric, baseline, pairs)
+        _table(results, metric, baseline, pairs, grouped_by)
         for metric in metrics
         if metric in results.metrics
         for baseline in results.report.baselines
@@ -30,11 +33,10 @@ def paired_differences(results: Results, metric: str, baseline: str) -> pd.DataF
     return pairs.assign(difference=(pairs.value - pairs.value_of_baseline).astype(float))
 
 
-def _table(results: Results, metric: str, baseline: str, pairs: pd.DataFrame) -> Table:
+def _table(results: Results, metric: str, baseline: str, pairs: pd.DataFrame, grouped_by: tuple[str, ...]) -> Table:
     systems = [name for name in results.systems if (pairs.system == name).any()]
     names = [name for name in results.varying if pairs[name].notna().any()]
     by_point = {key: [*rows.difference] for key, rows in pairs.groupby(["point", "system"])}
-    overall = {name: _means(pairs[pairs.system == name]) for name in systems}
     # One family of tests: every cell of the table but the means, which hold the same figures again.
     p_values = {key: stats.ttest_1samp(values, 0).pvalue for key, values in by_point.items() if _varies(values)}
     adjusted = dict(zip(p_values, stats.false_discovery_control([*p_values.values()]) if p_values else [], strict=True))
@@ -46,14 +48,19 @@ def _table(results: Results, metric: str, baseline: str, pairs: pd.DataFrame) ->
         for number in sorted(set(pairs.point))
     ]
     if len(rows) > 1:
-        cells = (_cell(v, stats.ttest_1samp(v, 0).pvalue if _varies(v) else None) for v in overall.values())
-        rows.append(("mean over all", *[""] * (len(names) - 1), *cells))
+        groups = results.groups(set(pairs.point), grouped_by)
+        several = groups if 1 < len(groups) < len(rows) else []
+        for group, points in [*several, ({}, [*pairs.point])]:
+            means = (_means(pairs[(pairs.system == name) & pairs.point.isin(points)]) for name in systems)
+            cells = (_cell(v, stats.ttest_1samp(v, 0).pvalue if _varies(v) else None) for v in means)
+            title = f"mean over {describe(group) if group else 'all'}"
+            rows.append((title, *[""] * (len(names) - 1), *cells))
     described = results.report.metrics[metric]
     better = {"higher": "More than 0 is better. ", "lower": "Less than 0 is better. ", None: ""}[described.better]
     caption = (
         f"{better}Means of {count_rounds(map(len, by_point.values()))}; in brackets the {CONFIDENCE:.0%} interval of "
         "the paired difference (Student's t) and p of the paired t-test, adjusted over the table's points (Benjamini "
-        "and Hochberg). Means over all are those over the points that a system shares with the baseline."
+        "and Hochberg). Means are those over the points that a system shares with the baseline, their p as it is."
     )
     title = f"{label_with_unit(described)}: difference to {results.report.systems[baseline].label}"
     columns = (*point_columns(names), *(results.report.systems[name].label for name in systems))

@@ -16,6 +16,7 @@ import torch
 from bdlora_perf.synthetic.tokenizer import BOS_ID, EOS_ID, VOCAB_SIZE, make_tokenizer, unprintable_tokens
 
 if TYPE_CHECKING:
+    from peft import LoraConfig
     from transformers import PreTrainedModel
 
 ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -139,6 +140,20 @@ def _fill_weights(model: "PreTrainedModel", generator: torch.Generator, zero_cen
             weight.copy_(mean + std * torch.randn(weight.shape, generator=generator))
 
 
+def lora_config(rank: int, nblocks: int | None, target_modules: Sequence[str], **fields: Any) -> "LoraConfig":
+    """PEFT's config of an adapter; ``nblocks`` makes it BD-LoRA, ``fields`` are PEFT's others."""
+    from peft import BdLoraConfig, LoraConfig
+
+    bdlora = None
+    if nblocks is not None:
+        bdlora = BdLoraConfig(
+            target_modules_bd_a=[name for name in BD_A_MODULES if name in target_modules] or None,
+            target_modules_bd_b=[name for name in BD_B_MODULES if name in target_modules] or None,
+            nblocks=nblocks,
+        )
+    return LoraConfig(r=rank, target_modules=list(target_modules), use_bdlora=bdlora, task_type="CAUSAL_LM", **fields)
+
+
 def make_adapter(
     folder: str | Path,
     model_folder: str | Path,
@@ -173,26 +188,18 @@ def make_adapter(
     Raises:
         ValueError: PEFT refuses the arguments, for example blocks that do not divide a module.
     """
-    from peft import BdLoraConfig, LoraConfig, get_peft_model, get_peft_model_state_dict
+    from peft import get_peft_model, get_peft_model_state_dict
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    bdlora = None
-    if nblocks is not None:
-        bdlora = BdLoraConfig(
-            target_modules_bd_a=[name for name in BD_A_MODULES if name in target_modules] or None,
-            target_modules_bd_b=[name for name in BD_B_MODULES if name in target_modules] or None,
-            nblocks=nblocks,
-        )
-    config = LoraConfig(
-        r=rank,
+    config = lora_config(
+        rank,
+        nblocks,
+        target_modules,
         lora_alpha=2 * rank if alpha is None else alpha,  # PEFT takes any number
         use_rslora=use_rslora,
         rank_pattern=dict(rank_pattern or {}),
         alpha_pattern=dict(alpha_pattern or {}),
-        target_modules=list(target_modules),
         layers_to_transform=None if layers_to_transform is None else list(layers_to_transform),
-        use_bdlora=bdlora,
-        task_type="CAUSAL_LM",
     )
     with torch.device("meta"):  # shapes are all that is needed of the base model, so its size does not matter
         base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_folder))

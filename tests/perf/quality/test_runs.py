@@ -237,7 +237,7 @@ def test_the_command_and_its_second_half(model: Path, data: list[Path], tmp_path
 
 
 def test_an_interrupted_command_goes_on_with_the_same_bytes(model: Path, data: list[Path], tmp_path: Path) -> None:
-    """Ctrl-C after the first of 6 runs: what is finished is reported, nothing is half-written, --resume does the rest."""
+    """Ctrl-C after the first of 6 runs: what is finished is reported, nothing half-written, --resume does the rest."""
     data, broken, whole = data[:1], tmp_path / "broken", tmp_path / "whole"
     command = [sys.executable, "-m", "bdlora_cli.main", "perf", "quality"]
     with (tmp_path / "log").open("w+") as log:

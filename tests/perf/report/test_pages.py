@@ -160,28 +160,32 @@ def _expected(logs: np.ndarray) -> list[float]:
 
 
 def test_paired_differences(reports: Mapping[str, Report], folders: Mapping[str, Path]) -> None:
-    """Each cell against scipy's paired t-test of the rounds, the p-values adjusted over the points."""
+    """Each cell against scipy's paired t-test of the rounds; the p-values of points, not those of means, adjusted."""
     report = reports["quality"]
     labels = {system.label: name for name, system in report.systems.items()}
     columns, rows = _table(folders["quality"], "held-out loss [nats]: difference to Sample lora")
-    assert columns[:2] == ["task", "r"] and rows[-1][0] == "mean over all"
+    tasks = list(dict.fromkeys(str(sample.point["task"]) for sample in report.samples))
+    points, mean_rows = rows[: -len(tasks) - 1], rows[-len(tasks) - 1 :]
+    assert columns[:2] == ["task", "r"] and len(tasks) > 1
+    assert [row[0] for row in mean_rows] == [f"mean over {name}" for name in (*tasks, "all")]
     found, expected = [], []
-    of_mean: dict[str, list[np.ndarray]] = {}
-    for task, r, *cells in rows[:-1]:
+    of_mean: dict[tuple[str, str], list[np.ndarray]] = {}
+    for task, r, *cells in points:
         own = np.array(_select(report, "lora", {"task": task, "r": r}, "loss"))
         for label, cell in zip(columns[2:], cells, strict=True):
             values = np.array(_select(report, labels[label], {"task": task, "r": r}, "loss"))
             if not len(values):
                 assert cell == "-"
                 continue
-            of_mean.setdefault(label, []).append(values - own)
+            for name in (task, "all"):
+                of_mean.setdefault((name, label), []).append(values - own)
             found.append(cell)
             expected.append(stats.ttest_rel(values, own))
     adjusted = stats.false_discovery_control([test.pvalue for test in expected])
-    means = [stats.ttest_1samp(np.mean(of_mean[label], axis=0), 0) for label in columns[2:]]
-    for cell, test, p in zip(
-        found + rows[-1][2:], expected + means, [*adjusted, *(test.pvalue for test in means)], strict=True
-    ):
+    keys = [(name, label) for name in (*tasks, "all") for label in columns[2:]]
+    means = [stats.ttest_1samp(np.mean(of_mean[key], axis=0), 0) for key in keys]
+    found += [cell for row in mean_rows for cell in row[2:]]
+    for cell, test, p in zip(found, expected + means, [*adjusted, *(test.pvalue for test in means)], strict=True):
         interval = test.confidence_interval(0.95)
         match = re.fullmatch(r"([-+.\d]+) \(([-+.\d]+) to ([-+.\d]+), p (=|<) ([.\d]+)\)", cell)
         assert match, cell
