@@ -13,7 +13,7 @@ import sysconfig
 import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -31,12 +31,16 @@ _NUMBERS = ("age", "size", "count")
 _JSON_EXAMPLES = 3000
 
 
+@dataclass(frozen=True)
 class Library:
-    """The source of the standard library."""
+    """Source, parsed."""
 
-    @cached_property
-    def trees(self) -> list[ast.Module]:
-        return [tree for path in _source_files() if (tree := _parse(path)) is not None]
+    trees: tuple[ast.Module, ...]
+
+    @classmethod
+    def standard(cls) -> "Library":
+        """That of this Python."""
+        return cls(tuple(tree for path in _source_files() if (tree := _parse(path)) is not None))
 
     def docstrings(self) -> list[str]:
         return [_docstring(node) for tree in self.trees for node in _documented(tree)]
@@ -62,8 +66,8 @@ def write_tasks(folder: Path, library: Library, tokenizer: Any, seed: int) -> No
     (folder / "code.txt").write_text(library.code()[:_CODE_CHARACTERS], encoding="utf-8")
     (folder / "reference.txt").write_text("\n\n".join(topics[name] for name in sorted(topics)), encoding="utf-8")
     _write_pairs(folder / "names.jsonl", ((f"{text} =", f" {name}") for text, name in library.summaries().items()))
-    _write_pairs(folder / "category.jsonl", _category_pairs(tokenizer, seed))
-    _write_pairs(folder / "json.jsonl", _json_pairs(seed))
+    _write_pairs(folder / "category.jsonl", category_pairs(tokenizer, seed))
+    _write_pairs(folder / "json.jsonl", json_pairs(seed))
 
 
 def _source_files() -> list[Path]:
@@ -102,13 +106,15 @@ def _code(tree: ast.Module) -> str:
             node.body = body
 
 
-def _category_pairs(tokenizer: Any, seed: int) -> list[tuple[str, str]]:
-    """Balanced to a degree: the largest categories are cut."""
+def category_pairs(tokenizer: Any, seed: int) -> list[tuple[str, str]]:
+    """From a character's name to its category. Balanced to a degree: the largest categories are cut."""
+    named = [
+        (chr(code), name.lower()) for code in range(sys.maxunicode + 1) if (name := unicodedata.name(chr(code), ""))
+    ]
     by_category: dict[str, list[str]] = {}
-    for code in range(sys.maxunicode + 1):
-        name = unicodedata.name(chr(code), "").lower()
-        if name and len(tokenizer(name)["input_ids"]) <= _CATEGORY_TOKENS:
-            by_category.setdefault(unicodedata.category(chr(code)), []).append(name)
+    for (character, name), ids in zip(named, tokenizer([name for _, name in named])["input_ids"], strict=True):
+        if len(ids) <= _CATEGORY_TOKENS:
+            by_category.setdefault(unicodedata.category(character), []).append(name)
     draw = random.Random(seed)
     pairs = [
         (f"{name} =", f" {category}")
@@ -120,7 +126,8 @@ def _category_pairs(tokenizer: Any, seed: int) -> list[tuple[str, str]]:
     return pairs
 
 
-def _json_pairs(seed: int) -> list[tuple[str, str]]:
+def json_pairs(seed: int) -> list[tuple[str, str]]:
+    """From given fields to JSON."""
     draw = random.Random(seed)
     pairs = []
     for _ in range(_JSON_EXAMPLES):

@@ -36,7 +36,7 @@ _SEQUENCE, _BATCH, _LEARNING_RATE = 64, 32, 3e-3
 
 def make_study(folder: Path, steps: int, seed: int) -> None:
     """Write ``model/`` and ``tasks/`` into ``folder``."""
-    library = Library()
+    library = Library.standard()
     docstrings = library.docstrings()
     tokenizer = _train_tokenizer("\n\n".join(docstrings))
     write_tasks(folder / "tasks", library, tokenizer, seed)

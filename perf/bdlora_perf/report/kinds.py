@@ -21,7 +21,7 @@ class Layout:
     """``headlines`` are the metrics that speed-ups are worked out for, by ``grouped_by``, beside the overall mean.
 
     A plot whose metrics were not measured is left out. ``paired`` are the metrics whose differences to the baselines
-    are tested, with means by ``grouped_by``, too.
+    are tested, and their means by ``grouped_by``.
     """
 
     headlines: tuple[str, ...]
