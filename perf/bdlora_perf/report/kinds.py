@@ -21,7 +21,7 @@ class Layout:
     """``headlines`` are the metrics that speed-ups are worked out for, by ``grouped_by``, beside the overall mean.
 
     A plot whose metrics were not measured is left out. ``paired`` are the metrics whose differences to the baselines
-    are tested.
+    are tested, and their means by ``grouped_by``.
     """
 
     headlines: tuple[str, ...]
@@ -92,7 +92,7 @@ LAYOUTS: Mapping[Kind, Layout] = {
     ),
     "quality": Layout(
         headlines=(),
-        grouped_by=(),
+        grouped_by=("task",),
         plots=(
             _trade_off("perplexity", "Perplexity against parameters", "perplexity", "BD-LoRA"),
             _trade_off("accuracy", "Accuracy against parameters", "accuracy", "BD-LoRA"),
