@@ -82,7 +82,14 @@ def sharded_layers(tokens: int, decode: bool) -> list[Layer]:
     return [qkv, Layer(tokens, 8, 1024, 1024, 1, 16, decode=decode, exchanged=True)]
 
 
-@each_architecture
+@pytest.mark.parametrize(
+    "capability",
+    [
+        capability if capability == 90 else pytest.param(capability, marks=pytest.mark.full)
+        for capability in ARCHITECTURES
+    ],
+    ids="sm_{}".format,
+)
 def test_fully_sharded_layers_have_registers_and_occupancy_as_well(capability: int) -> None:
     for decode, tokens in ((True, 64), (False, 8192)):
         for layer in sharded_layers(tokens, decode):
