@@ -3,12 +3,10 @@
 # It needs what `pip install -e '.[serve,perf]'` and `pip install peft` bring, and nothing from the network.
 # Usage: perf/try_engine_on_gpu.sh OUTPUT_FOLDER; OUTPUT_FOLDER/checks.json says how each check went.
 # A step that fails or runs out of time does not keep the next one from running; the exit code is the number of checks
-# that failed (of perf/try_engine.py), or more than 100 where that did not come to its end.
-set -u
-out=$(mkdir -p "$1" && cd "$1" && pwd)
-cd "$(dirname "$0")/.." || exit 1
-export PYTHONPATH="kernels:perf:cli:.${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
-unset TRITON_INTERPRET
+# that failed (of perf/try_engine.py), or more than 100 where that did not come to its end: 103 where SGLang or a GPU is
+# missing.
+# shellcheck source=perf/on_gpu.sh
+. "$(dirname "$0")/on_gpu.sh"
 
 timeout 360 python3 perf/try_engine.py "$out" >"$out/engine.log" 2>&1
 checks=$?

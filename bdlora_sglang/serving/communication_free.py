@@ -9,7 +9,7 @@ from sglang.srt.layers.linear import ColumnParallelLinear, RowParallelLinear
 from bdlora_kernels import LayerFactors, PlannedSlice, SlotSize, plan_layer
 from bdlora_kernels.layout import align
 from bdlora_sglang.adapter import Adapter, LoRAModule, LoRASlice, read_slice, slice_module
-from bdlora_sglang.serving.kernels import Kernels
+from bdlora_sglang.serving.kernels import Kernels, LayerShape
 from bdlora_sglang.serving.module_parts import ServedModule
 from bdlora_sglang.serving.sharding import ExpertProjection, LocalPlan, fused_modules, layer_shape
 
@@ -34,8 +34,11 @@ class CommunicationFree:
             parts += [_planned(adapter, part, dtype) for part in slices]
         return LocalPlan(plan_layer(parts), local_rank) if parts else None
 
+    def shape(self, name: str, layer: torch.nn.Module | ExpertProjection) -> LayerShape:
+        return layer_shape(name, layer)
+
     def slot_size(self, name: str, layer: torch.nn.Module | ExpertProjection, rank: int) -> SlotSize:
-        shape = layer_shape(name, layer)
+        shape = self.shape(name, layer)
         modules = fused_modules(layer)
         a, b = modules * rank * shape.inputs, rank * shape.outputs
         # There are at most `rank` slices of each module, and every one may start on an aligned element.

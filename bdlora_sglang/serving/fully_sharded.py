@@ -5,27 +5,30 @@ served, a block-diagonal one in its dense form. The paper's baseline; `Communica
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from sglang.srt.distributed.parallel_state import GroupCoordinator
 from sglang.srt.distributed.utils import get_group_rank_size
-from sglang.srt.layers.linear import RowParallelLinear
+from sglang.srt.layers.linear import ColumnParallelLinear, RowParallelLinear
 from sglang.srt.runtime_context import get_parallel
 
-from bdlora_kernels import EagerFactors, LayerFactors, PlannedSlice, SlotSize, plan_layer
-from bdlora_kernels.eager import expand, shrink
+from bdlora_kernels import LayerFactors, PlannedSlice, SlotSize, plan_layer
 from bdlora_kernels.layout import align
 from bdlora_sglang.adapter import Adapter, LoRAModule
 from bdlora_sglang.adapter.fully_sharded import read_column_parallel, read_row_parallel
 from bdlora_sglang.adapter.shard import even_cut
-from bdlora_sglang.serving.kernels import Kernels
+from bdlora_sglang.serving.kernels import Kernels, LayerShape
 from bdlora_sglang.serving.module_parts import ServedModule
-from bdlora_sglang.serving.sharding import LocalPlan
+from bdlora_sglang.serving.sharding import LocalPlan, layer_shape
 
 
 class FullySharded:
-    """`Sharding` as in S-LoRA; the ranks of a slot are whole ranks. The collectives are the layer's own group's."""
+    """`Sharding` as in S-LoRA; the ranks of a slot are whole ranks. The collectives are the layer's own group's.
+
+    Of a row-parallel layer's output, the kernels see the part that this rank adds to.
+    """
 
     description = "fully sharded as in S-LoRA, one more collective in each layer with LoRA"
     exchanges = True
@@ -41,6 +44,11 @@ class FullySharded:
         layer = plan_layer(parts, gathered=1 if served.row_parallel else served.tp_size)
         return LocalPlan(layer, max(part.rank for part in parts))
 
+    def shape(self, name: str, layer: Any) -> LayerShape:
+        if isinstance(layer, RowParallelLinear):
+            return LayerShape(layer.input_size_per_partition, len(_own_outputs(layer)))
+        return layer_shape(name, layer)
+
     def slot_size(self, name: str, layer: Any, rank: int) -> SlotSize:
         _, tp_size = get_group_rank_size(layer.tp_group)
         chunk = -(-rank // tp_size)
@@ -48,51 +56,64 @@ class FullySharded:
             outputs = -(-layer.output_size // tp_size)
             return SlotSize(align(rank * layer.input_size_per_partition), align(rank * outputs), rank, rank, rank)
         sizes = layer.output_partition_sizes
-        modules = len(sizes)
+        ranks = len(sizes) * chunk
         b = sum(align(tp_size * chunk * size) for size in sizes)
-        return SlotSize(align(modules * chunk * layer.input_size), b, modules * chunk, chunk, modules * chunk)
+        return SlotSize(align(ranks * layer.input_size), b, ranks, chunk, ranks, gathered=tp_size)
 
     def forward_with_base(
         self,
-        layer: torch.nn.Module,
+        layer: ColumnParallelLinear | RowParallelLinear,
         base: Callable[[], torch.Tensor],
         x_TI: torch.Tensor,
         factors: LayerFactors,
         kernels: Kernels,
         segments: Any,
     ) -> torch.Tensor:
-        assert isinstance(factors, EagerFactors)
-        y_TO = base()
-        # Of the same shape on all ranks, so all of them leave here or none.
-        h_TW = shrink(x_TI, factors, segments)
-        if h_TW.numel() == 0:
-            return y_TO
-        group = _group(layer)
-        if group is None:
-            h_NTW = h_TW[None]
-        elif isinstance(layer, RowParallelLinear):
-            h_NTW = group.all_reduce(h_TW)[None]
-        else:
-            h_NTW = group.all_gather(h_TW, dim=0).unflatten(0, (group.world_size, len(h_TW)))
-        expand(y_TO, h_NTW, factors, segments)
+        exchange = partial(_exchange, layer, _group(layer))
+        outputs = self.shape("", layer).outputs
+        if not isinstance(layer, RowParallelLinear):
+            return kernels.forward_with_base(base, outputs, x_TI, factors, segments, exchange)
+        own = _own_outputs(layer)
+        y_TO = torch.empty(0)
+
+        def own_part_of_base() -> torch.Tensor:
+            nonlocal y_TO
+            y_TO = base()
+            return y_TO[:, own.start : own.stop]
+
+        kernels.forward_with_base(own_part_of_base, outputs, x_TI, factors, segments, exchange)
         return y_TO
+
+
+def _exchange(layer: torch.nn.Module, group: GroupCoordinator | None, h_TW: torch.Tensor) -> torch.Tensor:
+    """The collective between shrink and expand: the sum of all ranks' outputs, or all of them one below the other."""
+    if group is None:
+        return h_TW
+    return group.all_reduce(h_TW) if isinstance(layer, RowParallelLinear) else group.all_gather(h_TW, dim=0)
+
+
+def _own_outputs(layer: RowParallelLinear) -> range:
+    """The outputs of a row-parallel layer to which this rank adds LoRA's part."""
+    rank, tp_size = get_group_rank_size(layer.tp_group)
+    return even_cut(layer.output_size, tp_size, rank)
 
 
 def _planned(adapter: Adapter, module: LoRAModule, served: ServedModule, dtype: torch.dtype) -> PlannedSlice:
     shard = served.shard
-    outputs = even_cut(module.out_features, served.tp_size, served.tp_rank)
     if served.row_parallel:
-        rank, output_size, first_output = module.rank, len(outputs), outputs.start
+        assert not shard.output_offset, shard  # its outputs are not padded
+        # Counted from the first of the rank's own.
+        rank, output_start = module.rank, 0
+        output_size = len(even_cut(module.out_features, served.tp_size, served.tp_rank))
     else:
-        rank, output_size, first_output = -(-module.rank // served.tp_size), len(shard.outputs), 0
+        rank, output_start, output_size = -(-module.rank // served.tp_size), shard.output_offset, len(shard.outputs)
 
     def read() -> tuple[torch.Tensor, torch.Tensor]:
         read_factors = read_row_parallel if served.row_parallel else read_column_parallel
         factors = read_factors(adapter, module, shard, served.tp_rank, served.tp_size, dtype)
         return factors.a, factors.b
 
-    starts = shard.input_offset, shard.output_offset + first_output
-    return PlannedSlice(rank, len(shard.inputs), output_size, *starts, module.scaling, read)
+    return PlannedSlice(rank, len(shard.inputs), output_size, shard.input_offset, output_start, module.scaling, read)
 
 
 def _group(layer: torch.nn.Module) -> GroupCoordinator | None:

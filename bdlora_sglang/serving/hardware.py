@@ -69,6 +69,6 @@ def cpu_defaults() -> dict[str, object]:
 
 
 def gpu_defaults(lora_sharding: LoRASharding) -> dict[str, object]:
-    """SGLang server arguments for a GPU: SGLang's own, but for graphs that our kernels cannot be captured in."""
-    captured = lora_sharding is LoRASharding.COMMUNICATION_FREE and torch.cuda.is_available()
+    """SGLang server arguments for a GPU: SGLang's own, but for graphs where ours are the kernels that have none."""
+    captured = torch.cuda.is_available()
     return {} if captured or lora_sharding is LoRASharding.SGLANG else dict(_NO_CUDA_GRAPHS)

@@ -11,6 +11,7 @@ from sglang.srt.utils import is_pin_memory_available
 from bdlora_kernels import (
     EagerFactors,
     EagerSlots,
+    Exchange,
     HostBlock,
     LayerFactors,
     PackedAdapter,
@@ -19,6 +20,7 @@ from bdlora_kernels import (
     add_lora_delta,
     group_tokens,
 )
+from bdlora_kernels.eager import expand, shrink
 from bdlora_kernels.segments import FEW_TOKENS
 from bdlora_sglang.errors import BDLoRAError
 
@@ -69,7 +71,12 @@ class BatchLimits:
 
 
 class Kernels(Protocol):
-    """What the pool and the backend ask of a device. ``segments`` are what `forward_with_base` of the same takes."""
+    """What the pool and the backend ask of a device. ``segments`` are what `forward_with_base` of the same takes.
+
+    ``description`` says what computes LoRA, for the line that a server prints at its start.
+    """
+
+    description: str
 
     @property
     def no_experts(self) -> str | None:
@@ -94,10 +101,19 @@ class Kernels(Protocol):
         """A batch's tokens by slot: those of each request, in order; ``graph`` is "decode", "prefill" or None."""
 
     def forward_with_base(
-        self, base: Callable[[], torch.Tensor], outputs: int, x_TI: torch.Tensor, factors: LayerFactors, segments: Any
+        self,
+        base: Callable[[], torch.Tensor],
+        outputs: int,
+        x_TI: torch.Tensor,
+        factors: LayerFactors,
+        segments: Any,
+        exchange: Exchange | None = None,
     ) -> torch.Tensor:
         """``base()``, the layer's output of ``(T, outputs)``, with the delta of each token's slot added in place:
-        ``y[t, outputs] += scaling * (x[t, inputs] @ A.T) @ B.T`` for every slice."""
+        ``y[t, outputs] += scaling * exchange(x[t, inputs] @ A.T) @ B.T`` for every slice.
+
+        An ``exchange`` is called on all ranks or on none, and what it is given is of the same shape on all.
+        """
 
     def add_embedding_delta(
         self, y_TO: torch.Tensor, ids_T: torch.Tensor, first_id: int, factors: LayerFactors, segments: Any
@@ -105,24 +121,25 @@ class Kernels(Protocol):
         """``y[t] += scaling * A[:, ids[t] - first_id] @ B.T`` in place, for the tokens that A has columns for."""
 
 
-def choose_kernels(device: torch.device, num_slots: int, needs_torch: bool, deterministic: bool = False) -> Kernels:
+def choose_kernels(device: torch.device, num_slots: int, exchanges: bool, deterministic: bool = False) -> Kernels:
     """Triton on a GPU (and in its interpreter, with ``TRITON_INTERPRET=1``), else PyTorch.
 
     Args:
         device: where the model is.
         num_slots: of the memory pool.
-        needs_torch: the sharding exchanges shrink outputs, which has no Triton version yet.
-        deterministic: as for `TritonKernels`.
+        exchanges, deterministic: as for `TritonKernels`.
     """
-    if not needs_torch and (device.type == "cuda" or INTERPRETED):
+    if device.type == "cuda" or INTERPRETED:
         from bdlora_sglang.serving.triton_kernels import TritonKernels
 
-        return TritonKernels(device, num_slots, deterministic)
+        return TritonKernels(device, num_slots, exchanges, deterministic)
     return TorchKernels(device)
 
 
 class TorchKernels:
     """Plain PyTorch: host-side segments, no CUDA graphs."""
+
+    description = "PyTorch and Numba"
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -156,11 +173,21 @@ class TorchKernels:
         return self._last[1]
 
     def forward_with_base(
-        self, base: Callable[[], torch.Tensor], outputs: int, x_TI: torch.Tensor, factors: LayerFactors, segments: Any
+        self,
+        base: Callable[[], torch.Tensor],
+        outputs: int,
+        x_TI: torch.Tensor,
+        factors: LayerFactors,
+        segments: Any,
+        exchange: Exchange | None = None,
     ) -> torch.Tensor:
         assert isinstance(factors, EagerFactors)
         y_TO = base()
-        add_lora_delta(y_TO, x_TI, factors, segments)
+        if exchange is None:
+            add_lora_delta(y_TO, x_TI, factors, segments)
+        elif (h_TW := shrink(x_TI, factors, segments)).numel():
+            h_NTW = exchange(h_TW).view(-1, *h_TW.shape)
+            expand(y_TO, h_NTW, factors, segments)
         return y_TO
 
     def add_embedding_delta(

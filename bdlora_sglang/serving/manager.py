@@ -33,7 +33,7 @@ from bdlora_sglang.serving.options import LoRASharding, ServingOptions
 from bdlora_sglang.serving.pool import BDLoRAMemoryPool, slot_sizes_for_adapters
 from bdlora_sglang.serving.saved_weights import check_saved_weights, skip_or_refuse
 from bdlora_sglang.serving.served_modules import VOCABULARY, layer_kind, served_modules
-from bdlora_sglang.serving.sharding import ExpertProjection, Sharding, layer_shape
+from bdlora_sglang.serving.sharding import ExpertProjection, Sharding
 from bdlora_sglang.serving.sizes import format_bytes
 
 SHARDINGS: dict[LoRASharding, Sharding] = {
@@ -159,7 +159,7 @@ class BDLoRAManager(LoRAManager):
         self.kernels = choose_kernels(
             self.device,
             self.max_loras_per_batch,
-            needs_torch=self.sharding.exchanges,
+            exchanges=self.sharding.exchanges,
             deterministic=get_exec().deterministic.enable_deterministic_inference,
         )
         self.lora_backend.use(self.sharding, self.kernels)
@@ -230,7 +230,7 @@ class BDLoRAManager(LoRAManager):
             self.loras[lora_id] = replace(lora, packed=self.memory_pool.stage(lora.packed))
         # Now, because SGLang sizes the KV cache next, by the memory that is left.
         self.scratch_bytes = self.kernels.reserve(
-            {name: layer_shape(name, layer) for name, layer in self._base_layers().items()}, batch_limits()
+            {name: self.sharding.shape(name, layer) for name, layer in self._base_layers().items()}, batch_limits()
         )
 
     def _slot_sizes(self) -> dict[str, SlotSize]:

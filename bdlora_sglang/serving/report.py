@@ -35,7 +35,7 @@ def memory_lines(manager: BDLoRAManager, num_layers: int, kv_tokens: int) -> Ite
     yield (
         f"BD-LoRA is in place: {num_layers} layers, {count} slots of {format_bytes(slot)} per GPU "
         f"({format_bytes(count * slot)}), {format_bytes(manager.scratch_bytes)} of scratch, "
-        f"{manager.sharding.description}. KV cache: {kv_tokens} tokens."
+        f"{manager.sharding.description}, {manager.kernels.description}. KV cache: {kv_tokens} tokens."
     )
     used = manager.used_part_of_slot()
     if 0 < used <= _MOSTLY_UNUSED:

@@ -52,6 +52,9 @@ class Sharding(Protocol):
         Reading them raises `AdapterError` for NaN, infinity, or a value too large for ``dtype``.
         """
 
+    def shape(self, name: str, layer: torch.nn.Module | ExpertProjection) -> LayerShape:
+        """What the kernels read and write of ``name`` on this rank."""
+
     def slot_size(self, name: str, layer: torch.nn.Module | ExpertProjection, rank: int) -> SlotSize:
         """One of ``name`` that fits any adapter of at most ``rank``: the local or the whole one (`flag_that_fits`)."""
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from bdlora_kernels import DeviceFactors, DeviceSlots, LayerFactors, SegmentTable, SlotSize
+from bdlora_kernels import DeviceFactors, DeviceSlots, Exchange, LayerFactors, SegmentTable, SlotSize
 from bdlora_kernels.configurations import DECODE_TOKENS, device_configurations
 from bdlora_kernels.device_slots import ALL_LAYERS
 from bdlora_kernels.launch import (
@@ -22,9 +22,18 @@ from bdlora_sglang.serving.kernels import INTERPRETED, NO_EXPERTS, NO_SLOT, Batc
 class TritonKernels:
     """Triton's segment kernels. All that they read stands at fixed addresses: captured or not, the call is the same."""
 
-    def __init__(self, device: torch.device, num_slots: int, deterministic: bool = False) -> None:
-        """``deterministic``: a token's result is the same whatever else is in its batch (batch-invariant)."""
-        self._device, self._num_slots = device, num_slots
+    description = "Triton kernels"
+
+    def __init__(
+        self, device: torch.device, num_slots: int, exchanges: bool = False, deterministic: bool = False
+    ) -> None:
+        """On a device, for so many slots.
+
+        Args:
+            exchanges: TP ranks exchange the shrink outputs of every layer.
+            deterministic: a token's result is the same whatever else is in its batch (batch-invariant).
+        """
+        self._device, self._num_slots, self._exchanges = device, num_slots, exchanges
         self._configurations = device_configurations(device, deterministic)
         self._second_stream = make_second_stream(device)
         self._slots = DeviceSlots(num_slots, {}, torch.float32, device, pin_memory=False)
@@ -112,21 +121,33 @@ class TritonKernels:
             self.add_embedding_delta(y_TO, ids_T, 0, factors, batch)
         else:
             x_TI = self._slots.zeros(1, shape.inputs).expand(tokens, shape.inputs)
-            self.forward_with_base(lambda: y_TO, shape.outputs, x_TI, factors, batch)
+            # Alone: ranks may differ in what they compile.
+            gathered = tokens * factors.tables.expand.gathered
+            exchange = (lambda h_TR: h_TR.new_empty(gathered, h_TR.shape[1])) if self._exchanges else None
+            self.forward_with_base(lambda: y_TO, shape.outputs, x_TI, factors, batch, exchange)
 
     def _launch_key(self, name: str, shape: LayerShape) -> object:
         tables = self._slots.layers[name].tables
-        return shape, tables.h_size, tables.shrink.block_rank, tables.expand.block_rank
+        return shape, tables.h_size, tables.shrink.block_rank, tables.expand.block_rank, tables.expand.gathered
 
     def forward_with_base(
-        self, base: Callable[[], torch.Tensor], outputs: int, x_TI: torch.Tensor, factors: LayerFactors, segments: Any
+        self,
+        base: Callable[[], torch.Tensor],
+        outputs: int,
+        x_TI: torch.Tensor,
+        factors: LayerFactors,
+        segments: Any,
+        exchange: Exchange | None = None,
     ) -> torch.Tensor:
+        assert (exchange is not None) == self._exchanges, "else other kernels run than were compiled"
         assert isinstance(factors, DeviceFactors) and isinstance(segments, _DeviceBatch)
         if not segments.active_layers >> factors.index & 1:
             return base()
         tables, batch = factors.tables, (segments.table, segments.scratch)
-        configuration = self._configurations.choose(shape_of(x_TI, outputs, tables, segments.table))
-        return forward_with_base(base, outputs, x_TI, factors, tables, *batch, configuration, self._second_stream)
+        shape = shape_of(x_TI, outputs, tables, segments.table, self._exchanges)
+        configuration = self._configurations.choose(shape)
+        operands = x_TI, factors, tables, *batch, configuration, self._second_stream
+        return forward_with_base(base, outputs, *operands, exchange)
 
     def add_embedding_delta(
         self, y_TO: torch.Tensor, ids_T: torch.Tensor, first_id: int, factors: LayerFactors, segments: Any

@@ -35,6 +35,9 @@ def quality(
     learning_rates: Annotated[
         list[str] | None, typer.Option(help="Each method's best is taken. Default: 3e-4, 1e-3 and 3e-3.")
     ] = None,
+    heal_learning_rates: Annotated[
+        list[str] | None, typer.Option(help="Those of healing, which wants lower ones. Default: 1e-4, 3e-4 and 1e-3.")
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Of training.")] = 200,
     heal_steps: Annotated[int | None, typer.Option(min=1, help="Of healing. Default: a fifth of --steps.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples of a step.")] = 16,
@@ -50,6 +53,9 @@ def quality(
     gpu: Annotated[str, typer.Option(help="Of the estimate.")] = "a100",
     tp: Annotated[int | None, typer.Option(min=1, help="Of the estimate. Default: the largest of --blocks.")] = None,
     device: Annotated[str | None, typer.Option(help="As torch names it. Default: a GPU, else the CPU.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the frozen base. Default: float32 on a CPU, else bfloat16.")
+    ] = None,
     part: Annotated[
         str, typer.Option(metavar="K/N", help="Do the K-th of N parts; parts may run side by side in one folder.")
     ] = "1/1",
@@ -80,7 +86,8 @@ def quality(
         multiples=_numbers("multiples", multiples, "2,4"),
         inits=_words(init, "per-block"),
         seeds=_numbers("seeds", seeds, "0,1,2,3,4"),
-        learning_rates=_rates(learning_rates, "3e-4,1e-3,3e-3"),
+        learning_rates=_rates("learning-rates", learning_rates, "3e-4,1e-3,3e-3"),
+        heal_learning_rates=_rates("heal-learning-rates", heal_learning_rates, "1e-4,3e-4,1e-3"),
         target_modules=target_modules,
         scaling=scaling,
         steps=steps,
@@ -90,7 +97,7 @@ def quality(
         validation_examples=validation_examples,
         test_examples=test_examples,
         calibration_tokens=calibration_tokens,
-        dtype="float32" if found == "cpu" else "bfloat16",
+        dtype=dtype or ("float32" if found == "cpu" else "bfloat16"),
     )
     options = QualityOptions(
         plan=plan,
@@ -152,11 +159,11 @@ def _numbers(flag: str, texts: list[str] | None, default: str) -> tuple[int, ...
         raise BDLoRAError(f"--{flag}: found {','.join(texts or [])!r}, expected whole numbers") from None
 
 
-def _rates(texts: list[str] | None, default: str) -> tuple[float, ...]:
+def _rates(flag: str, texts: list[str] | None, default: str) -> tuple[float, ...]:
     try:
         return tuple(map(float, _words(texts, default)))
     except ValueError:
-        raise BDLoRAError(f"--learning-rates: found {','.join(texts or [])!r}, expected numbers") from None
+        raise BDLoRAError(f"--{flag}: found {','.join(texts or [])!r}, expected numbers") from None
 
 
 def _part(text: str) -> tuple[int, int]:

@@ -56,6 +56,10 @@ def serve(
     hidden_size: HiddenSize = 512,
     layers: Layers = 4,
     tp: Annotated[int | None, typer.Option(min=1, help="TP degree.")] = None,
+    one_rank_of: Annotated[
+        int | None,
+        typer.Option(min=2, help="Serve what one of so many TP ranks computes, with random weights: needs one GPU."),
+    ] = None,
     systems: Systems = None,
     param_ratio: Annotated[
         list[float] | None, typer.Option(help="Also BD-LoRA of at most so many times LoRA's parameters; repeatable.")
@@ -90,10 +94,16 @@ def serve(
     alpha: Annotated[float, typer.Option(min=0, help="Of zipf: the i-th adapter has a weight of i ** -alpha.")] = 1.0,
     rank: Annotated[list[int] | None, typer.Option(min=1, help="r, the rank of plain LoRA; repeatable.")] = None,
     num_prompts: Annotated[int | None, typer.Option(min=1, help="Requests of one run.")] = None,
+    waves: Annotated[
+        int | None, typer.Option(min=1, help="Or so many for each in flight; default: 8, and 100 at least.")
+    ] = None,
     goodput: Annotated[
         list[str] | None, typer.Option(metavar="NAME:MS", help="Bounds (ttft, tpot, e2el) a good request meets.")
     ] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Runs of each point on each system.")] = None,
+    rounds_a_start: Annotated[
+        int, typer.Option(min=1, help="With one server at a time: rounds before it makes room for the next.")
+    ] = 1,
     seed: Seed = 0,
     dtype: Annotated[
         str | None, typer.Option(help="Of every server. Default: float32 on a CPU, else bfloat16.")
@@ -127,7 +137,8 @@ def serve(
         distribution=tuple(map(_distribution, distribution)) if distribution else base.distribution,
         alpha=alpha,
         rank=tuple(rank or base.rank),
-        num_prompts=num_prompts or base.num_prompts,
+        num_prompts=num_prompts or (None if waves else base.num_prompts),
+        waves=waves,
     )
     workloads = sweep.workloads()
     bounds = dict(map(_bound, goodput or chosen.goodput))
@@ -140,8 +151,11 @@ def serve(
         raise BDLoRAError(f"--rank: found {sweep.rank} with --url, expected one: a running server keeps its adapters")
     if unknown := set(start or ()) - {"vllm"}:
         raise BDLoRAError(f"--start: found {sorted(unknown)[0]!r}, expected vllm")
+    if one_rank_of is not None and (tp not in (None, 1) or not starts_servers):
+        raise BDLoRAError(f"--one-rank-of {one_rank_of}: found --tp or --url, expected a model that we start at TP 1")
     model = model or (chosen.model if starts_servers else None)
-    if model not in (None, SYNTHETIC):
+    # Of one rank's model only the shape is wanted, which is known of many.
+    if one_rank_of is None and model not in (None, SYNTHETIC):
         model = resolve_model(model)
     before = _before(output) if resume else None
     check_output(output, force or resume)
@@ -149,8 +163,10 @@ def serve(
     # Seconds of imports: after what can be checked without.
     import torch
 
+    from bdlora_perf.engine.bandwidth import shape_of
+    from bdlora_perf.serve.adapters import one_rank_model
     from bdlora_perf.serve.options import ServeOptions
-    from bdlora_perf.serve.systems import VLLM_SYSTEMS, choose_systems
+    from bdlora_perf.serve.systems import VLLM_SYSTEMS, check_on_one_rank, choose_systems
 
     has_gpu = torch.accelerator.is_available()
     started = (
@@ -161,10 +177,14 @@ def serve(
         raise BDLoRAError(f"--url: found the name {sorted(taken)[0]!r}, which a system has, expected another")
     if model == SYNTHETIC:
         model = model_folder(model, work, hidden_size, layers, seed)
+    whole_model = model
+    if one_rank_of is not None:
+        check_on_one_rank(started)
+        model = str(one_rank_model(work, shape_of(str(model)), one_rank_of))
     keep_servers = not has_gpu if keep_servers is None else keep_servers
     options = ServeOptions(
         model=model,
-        tp=tp or chosen.tp,
+        tp=1 if one_rank_of else tp or chosen.tp,
         systems=started,
         urls=urls,
         workloads=workloads,
@@ -183,6 +203,9 @@ def serve(
         url_adapters=tuple(url_adapter or ()),
         vllm_environment=vllm_environment,
         has_gpu=has_gpu,
+        rounds_a_start=rounds_a_start,
+        one_rank_of=one_rank_of or 1,
+        whole_model=whole_model,
     )
     _measure(options, output, before)
 

@@ -7,7 +7,7 @@ from bdlora_kernels.device_slots import DeviceFactors, DeviceSlots
 from bdlora_kernels.eager import EagerFactors, add_lora_delta
 from bdlora_kernels.eager_slots import EagerSlots
 from bdlora_kernels.embedding import add_embedding_delta
-from bdlora_kernels.layout import LayerFactors, PackedFactors, Slice
+from bdlora_kernels.layout import Exchange, LayerFactors, PackedFactors, Slice
 from bdlora_kernels.packing import (
     HostBlock,
     LayerPlan,
@@ -27,6 +27,7 @@ __all__ = [
     "DeviceSlots",
     "EagerFactors",
     "EagerSlots",
+    "Exchange",
     "HostBlock",
     "LayerFactors",
     "LayerPlan",

@@ -21,6 +21,9 @@ _SHRINK_PROGRAMS = 512
 _MAX_SPLITS = 16
 # Inputs of a split, at least: a few steps of the loop, so that its loads overlap.
 _MIN_SPLIT_INPUTS = 512
+# The second-level cache of A100, H100 and B200, and what their memory brings in 0.8 us: a trip and one for the table.
+_CACHES = {80: (40 * 2**20, 1_500_000), 90: (50 * 2**20, 2_400_000), 100: (126 * 2**20, 5_800_000)}
+_ELEMENT_BYTES = 2
 # Inputs of a split where splits must not depend on the batch.
 _DETERMINISTIC_SPLIT_INPUTS, _MAX_DETERMINISTIC_SPLITS = 2048, 4
 
@@ -30,17 +33,20 @@ class Configuration:
     """How the kernels are launched.
 
     ``overlap``: the shrink runs on a second stream beside the base layer's own product, which in decode is bound by
-    memory and leaves multiprocessors idle, and brings B to the cache. Else it runs after the product, and with ``pdl``
-    (programmatic dependent launch, from sm_90 on) the expand is set up while the shrink runs. ``splits``: parts of the
+    memory and leaves multiprocessors idle, and brings what the expand reads first to the cache, with ``prefetch_b`` B
+    too. Else it runs after the product, and with ``pdl`` (programmatic dependent launch, from sm_90 on) the expand is
+    set up while the shrink runs. ``splits``: parts of the
     inputs that different programs sum up. ``tokens_at_once``: those of a tile that the expand multiplies together.
     The registers are limits of a thread: without one, the assembler takes more than it needs, or sets one itself for
     the sake of occupancy and spills for it.
 
     Raises:
-        ValueError: ``overlap`` with ``pdl``, which needs shrink and expand one right after the other.
+        ValueError: ``overlap`` with ``pdl``, which needs shrink and expand one right after the other, or ``prefetch_b``
+            without ``overlap``.
     """
 
     overlap: bool
+    prefetch_b: bool
     pdl: bool
     splits: int
     block_k: int
@@ -55,13 +61,16 @@ class Configuration:
     def __post_init__(self) -> None:
         if self.overlap and self.pdl:
             raise ValueError("found overlap with pdl, expected one of the two")
+        if self.prefetch_b and not self.overlap:
+            raise ValueError("found prefetch_b without overlap, expected both")
 
 
 @dataclass(frozen=True)
 class Shape:
     """What a configuration is chosen by: tokens of the batch and the most tiles that they fall into, inputs and outputs
-    of the layer on this GPU, tokens of a tile, ranks of a block of the shrink and of the expand, and programs that
-    share a tile's rows of A."""
+    of the layer on this GPU, tokens of a tile, ranks of a block of the shrink and of the expand, programs that share a
+    tile's rows of A, and elements of B that are loaded at once; whether TP ranks exchange h, which is of the model's
+    type then."""
 
     tokens: int
     tiles: int
@@ -71,11 +80,15 @@ class Shape:
     shrink_rank: int
     row_programs: int
     expand_rank: int
+    expand_width: int = 8
+    exchanged: bool = False
 
     @property
     def blocks(self) -> tuple[int, ...]:
         """A configuration suits one size of tiles and blocks: with others it might run out of registers."""
-        return self.block_tokens, self.shrink_rank, self.row_programs, self.expand_rank
+        return (
+            self.block_tokens, self.shrink_rank, self.row_programs, self.expand_rank, self.expand_width, self.exchanged
+        )  # fmt: skip
 
     def distance(self, other: "Shape") -> float:
         """How far two shapes with the same blocks are apart: doubling a size is a step of one."""
@@ -127,21 +140,34 @@ def by_formula(shape: Shape, capability: int, deterministic: bool = False) -> Co
         programs = shape.tiles * shape.row_programs
         most = min(_MAX_SPLITS, _power_of_two(shape.inputs // _MIN_SPLIT_INPUTS, _MAX_SPLITS))
         splits = _power_of_two(_SHRINK_PROGRAMS // programs, most)
-    # Elsewhere the assembler spills a few bytes of so many outputs.
-    wide = 90 <= capability < 100 and shape.expand_rank <= 16
+    # Elsewhere the assembler spills a few bytes of so many outputs, and so it does where loads are of two elements.
+    wide = 90 <= capability < 100 and shape.expand_rank <= 16 and shape.expand_width >= 4
     return Configuration(
         overlap=decode,
-        pdl=not decode and capability >= 90,
+        prefetch_b=decode and not deterministic and _worth_fetching(shape, capability),
+        pdl=not decode and not shape.exchanged and capability >= 90,
         splits=splits,
         block_k=128 if decode else 64,
         shrink_warps=4,
         shrink_stages=3 if decode else 4,
         shrink_registers=224 if not decode else 96 if shape.shrink_rank <= 32 else 184,
-        tokens_at_once=8 if decode else 32,
+        # With more, the assembler spills where h has 16 bits.
+        tokens_at_once=8 if decode else 16 if shape.exchanged else 32,
         block_o=64 if not decode else 256 if wide else 128,
         expand_warps=4,
         expand_registers=96 if decode else 128 if shape.expand_rank <= 16 else 168,
     )
+
+
+def _worth_fetching(shape: Shape, capability: int) -> bool:
+    """Whether B is brought to the cache beside the base product: where it stays there, and is soon read.
+
+    The product waits for memory, so that B's bytes delay it by as much as they take; they save the expand one trip.
+    """
+    cache_bytes, most_bytes = _CACHES.get(capability, _CACHES[80])
+    adapters = min(shape.tokens, shape.tiles - -(-shape.tokens // shape.block_tokens) + 1)
+    b_bytes = _ELEMENT_BYTES * adapters * shape.expand_rank * shape.outputs
+    return b_bytes <= most_bytes and _ELEMENT_BYTES * shape.inputs * shape.outputs + b_bytes <= cache_bytes
 
 
 def _power_of_two(number: int, most: int) -> int:

@@ -70,7 +70,7 @@ class DeviceSlots:
         first, entries = self._first_entry[name], SliceTables.entries_per_slot(size.ranks)
         fields_SF = self._table_SF[:, first * ENTRY_FIELDS : (first + entries) * ENTRY_FIELDS]
         entries_SEF = fields_SF.view(len(fields_SF), entries, ENTRY_FIELDS)
-        return SliceTables.on(entries_SEF, size.usual_rank, size.ranks, size.usual_ranks)
+        return SliceTables.on(entries_SEF, size.usual_rank, size.ranks, size.usual_ranks, size.gathered)
 
     @property
     def slot_bytes(self) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from bdlora_kernels.configurations import Configuration, Configurations, Shape, device_configurations
-from bdlora_kernels.layout import LayerFactors
+from bdlora_kernels.layout import Exchange, LayerFactors
 from bdlora_kernels.tables import ExpandTable, SegmentTable, ShrinkTable, SliceTables
 from bdlora_kernels.triton_expand import expand_kernel
 from bdlora_kernels.triton_lookup import lookup_kernel
@@ -37,8 +37,8 @@ class Launch:
 class Scratch:
     """Memory that all layers on a device share, one after the other.
 
-    Both are float32: ``h`` is the shrink output, ``partial`` holds the sums of the splits before they are added up.
-    Every element that is read was written by the same shrink.
+    Both are float32: ``h`` is the shrink output (it may be looked at as another type), ``partial`` holds the sums of
+    the splits before they are added up. Every element that is read was written by the same shrink.
     """
 
     h: torch.Tensor
@@ -61,9 +61,9 @@ class Scratch:
         partial_tokens = configurations.max_partial_tokens(segments.max_tokens, segments.block_tokens)
         return cls.allocate(segments.max_tokens, h_size, partial_tokens, device)
 
-    def h_TR(self, tokens: int, ranks: int) -> torch.Tensor:
+    def h_TR(self, tokens: int, ranks: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The shrink output of one launch."""
-        return self.h[: tokens * ranks].view(tokens, ranks)
+        return self.h.view(dtype)[: tokens * ranks].view(tokens, ranks)
 
 
 def add_lora_delta_triton(
@@ -111,29 +111,37 @@ def forward_with_base(
     scratch: Scratch,
     configuration: Configuration | None = None,
     second_stream: torch.cuda.Stream | None = None,
+    exchange: Exchange | None = None,
 ) -> torch.Tensor:
     """``base()``, a base layer's output of ``(T, outputs)``, with the delta of each token's slot added in place.
 
-    With ``configuration.overlap`` the shrink runs on ``second_stream`` while ``base`` runs, and a captured graph has
-    both branches. Without a second stream, as on a CPU, they run one after the other.
+    With ``configuration.overlap`` the shrink and the ``exchange`` of its output run on ``second_stream`` while ``base``
+    runs, and a captured graph has both branches. Without a second stream, as on a CPU, they run one after the other.
     """
     tokens = x_TI.shape[0]
     if tokens == 0:
         return base()
     if configuration is None:
-        shape = shape_of(x_TI, outputs, tables, segments)
+        shape = shape_of(x_TI, outputs, tables, segments, exchange is not None)
         configuration = device_configurations(x_TI.device).choose(shape)
-    h_TR = scratch.h_TR(tokens, tables.h_size)
-    first = shrink_launch(h_TR, x_TI, factors, tables, segments, scratch.partial, configuration)
+    assert exchange is None or not configuration.pdl, "the expand comes after another kernel than the shrink"
+    own_TR = scratch.h_TR(tokens, tables.h_size, torch.float32 if exchange is None else x_TI.dtype)
+    launch = shrink_launch(own_TR, x_TI, factors, tables, segments, scratch.partial, configuration)
+
+    def shrink() -> torch.Tensor:
+        launch.run()
+        return own_TR if exchange is None else exchange(own_TR)
+
     if not configuration.overlap:
         y_TO = base()
-        first.run()
+        h_TR = shrink()
     else:
         if second_stream is not None:
             # x is there, and the last layer has read its h.
             second_stream.wait_stream(torch.cuda.current_stream(x_TI.device))
         with torch.cuda.stream(second_stream):
-            first.run()
+            # What the exchange allocates is this stream's, which waits as above before it can use it again.
+            h_TR = shrink()
         y_TO = base()
         if second_stream is not None:
             torch.cuda.current_stream(x_TI.device).wait_stream(second_stream)
@@ -161,7 +169,9 @@ def make_second_stream(device: torch.device) -> torch.cuda.Stream | None:
     return torch.cuda.ExternalStream(int(stream), device=device)  # type: ignore[no-untyped-call]
 
 
-def shape_of(x_TI: torch.Tensor, outputs: int, tables: SliceTables, segments: SegmentTable) -> Shape:
+def shape_of(
+    x_TI: torch.Tensor, outputs: int, tables: SliceTables, segments: SegmentTable, exchanged: bool = False
+) -> Shape:
     """What a configuration is chosen by."""
     tokens, inputs = x_TI.shape
     return Shape(
@@ -173,6 +183,8 @@ def shape_of(x_TI: torch.Tensor, outputs: int, tables: SliceTables, segments: Se
         shrink_rank=tables.shrink.block_rank,
         row_programs=tables.shrink.row_programs,
         expand_rank=tables.expand.block_rank,
+        expand_width=tables.expand.width,
+        exchanged=exchanged,
     )
 
 
@@ -204,7 +216,8 @@ def shrink_launch(
         {
             "SPLITS": splits, "BLOCK_T": segments.block_tokens, "BLOCK_K": configuration.block_k,
             "BLOCK_R": table.block_rank, "STAGES": configuration.shrink_stages,
-            "ENTRIES": tables.expand.first_entries, "PREFETCH": configuration.overlap, "PDL": configuration.pdl,
+            "ENTRIES": tables.expand.first_entries, "PREFETCH": configuration.overlap,
+            "PREFETCH_B": configuration.prefetch_b, "PDL": configuration.pdl,
             "num_warps": configuration.shrink_warps, "maxnreg": configuration.shrink_registers,
         },
     )  # fmt: skip
@@ -242,20 +255,23 @@ def expand_launch(
 ) -> Launch:
     """``y[t, outputs] += scaling * h[t, columns] @ B.T`` in place, for each slice of the token's slot.
 
-    With ``configuration.pdl`` the kernel before it on the stream must be the one that wrote ``h_TR``.
+    ``h_TR`` has the rows of all TP ranks whose shrink outputs the table's B takes, one rank's below the other's. With
+    ``configuration.pdl`` the kernel before it on the stream must be the one that wrote ``h_TR``.
     """
-    _check(h_TR, y_TO, b_SE, table.entries_SEF, segments)
+    _check(h_TR, y_TO, b_SE, table.entries_SEF, segments, table.gathered)
     tokens_at_once = min(configuration.tokens_at_once, segments.block_tokens)
     return Launch(
         expand_kernel,
         (-(-y_TO.shape[1] // configuration.block_o), segments.max_tiles(y_TO.shape[0])),
         (
             y_TO, h_TR, b_SE, segments.tiles_GF, segments.tokens_T, table.entries_SEF,
-            y_TO.shape[1], y_TO.stride(0), b_SE.stride(0), h_TR.stride(0), table.entries_SEF.stride(0),
+            y_TO.shape[1], y_TO.stride(0), b_SE.stride(0), h_TR.stride(0), y_TO.shape[0] * h_TR.stride(0),
+            table.entries_SEF.stride(0),
         ),
         {
-            "ENTRIES": table.first_entries, "WIDTH": table.width, "BLOCK_T": tokens_at_once,
-            "BLOCK_O": configuration.block_o, "BLOCK_R": table.block_rank, "PDL": configuration.pdl,
+            "ENTRIES": table.first_entries, "WIDTH": table.width, "GATHERED": table.gathered,
+            "BLOCK_T": tokens_at_once, "BLOCK_O": configuration.block_o, "BLOCK_R": table.block_rank,
+            "PDL": configuration.pdl,
             "num_warps": configuration.expand_warps, "maxnreg": configuration.expand_registers,
             **({"launch_pdl": True} if configuration.pdl else {}),
         },
@@ -263,10 +279,16 @@ def expand_launch(
 
 
 def _check(
-    h_TR: torch.Tensor, rows: torch.Tensor, factors_SE: torch.Tensor, entries: torch.Tensor, segments: SegmentTable
+    h_TR: torch.Tensor,
+    rows: torch.Tensor,
+    factors_SE: torch.Tensor,
+    entries: torch.Tensor,
+    segments: SegmentTable,
+    gathered: int = 1,
 ) -> None:
-    assert h_TR.dtype == torch.float32 and h_TR.is_contiguous(), (h_TR.dtype, h_TR.stride())
-    assert h_TR.shape[0] == rows.shape[0] <= segments.max_tokens, (h_TR.shape, rows.shape, segments.max_tokens)
+    assert h_TR.dtype in (torch.float32, rows.dtype) and h_TR.is_contiguous(), (h_TR.dtype, h_TR.stride())
+    assert h_TR.shape[0] == gathered * rows.shape[0], (h_TR.shape, gathered, rows.shape)
+    assert rows.shape[0] <= segments.max_tokens, (rows.shape, segments.max_tokens)
     assert rows.dtype == factors_SE.dtype and rows.dtype in _DTYPES, (rows.dtype, factors_SE.dtype)
     assert rows.stride(1) == 1 and factors_SE.stride(1) == 1, (rows.stride(), factors_SE.stride())
     assert len(factors_SE) == len(entries), (factors_SE.shape, entries.shape)

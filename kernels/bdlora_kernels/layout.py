@@ -3,6 +3,7 @@
 Shape suffixes: S slots, T tokens, I input features of this rank, O output features of this rank.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -45,6 +46,9 @@ ENTRY = np.dtype(
 SEGMENT = np.dtype([(name, np.int64) for name in ("slot", "start", "stop")])
 # Of factors.
 CPU_DTYPES = (torch.float32, torch.bfloat16)
+# What TP ranks do with their shrink outputs before the expand: from this rank's, `(T, R)`, to `(N * T, R)`, those that
+# N ranks hold, one below the other. Both are of the type of x.
+Exchange = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass

@@ -20,6 +20,9 @@ class Measured(Protocol):
     @property
     def b_elements(self) -> int: ...
 
+    @property
+    def gathered(self) -> int: ...
+
 
 @dataclass(frozen=True)
 class SlotSize:
@@ -30,6 +33,7 @@ class SlotSize:
         ranks: ranks of all slices together, however many there are.
         usual_rank, usual_ranks: rank of one slice, and of all together, of most adapters. No limits: the kernels are
             chosen by them.
+        gathered: TP ranks whose shrink outputs B takes (`plan_layer`): the same for every adapter.
     """
 
     a: int = 0
@@ -37,12 +41,13 @@ class SlotSize:
     ranks: int = 0
     usual_rank: int = 0
     usual_ranks: int = 0
+    gathered: int = 1
 
     @classmethod
     def of(cls, factors: Measured) -> "SlotSize":
         """Just large enough for ``factors``."""
         ranks = [part.rank for part in factors.slices]
-        return cls(factors.a_elements, factors.b_elements, sum(ranks), max(ranks), sum(ranks))
+        return cls(factors.a_elements, factors.b_elements, sum(ranks), max(ranks), sum(ranks), factors.gathered)
 
     def __bool__(self) -> bool:
         """Whether there is room for anything at all."""

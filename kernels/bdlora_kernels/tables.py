@@ -57,14 +57,12 @@ class ShrinkGroup:
 class ExpandSlice:
     """``y[:, outputs] += scaling * h[:, h_start : h_start + rank] @ B.T`` for the B that lies at ``b_offset``.
 
-    ``b_row_size`` elements lie between its rows: more than ``rank`` where B is some columns of a wider matrix, as in
-    the fully sharded mode, whose ``h`` comes from several TP ranks.
+    Of N gathered shrink outputs, B takes ``rank / N`` columns each, from ``h_start`` on.
     """
 
     output_start: int
     output_size: int
     rank: int
-    b_row_size: int
     b_offset: int
     h_start: int
     scaling: float
@@ -82,13 +80,13 @@ def shrink_groups(slices: Sequence[Slice]) -> list[ShrinkGroup]:
     return groups
 
 
-def expand_slices(slices: Sequence[Slice]) -> list[ExpandSlice]:
-    """The B matrices of a slot, which read the columns of ``h`` that `shrink_groups` writes."""
+def expand_slices(slices: Sequence[Slice], gathered: int = 1) -> list[ExpandSlice]:
+    """The B matrices of a slot, which read the columns of ``h`` that `shrink_groups` writes on ``gathered`` ranks."""
     parts: list[ExpandSlice] = []
     h_start = 0
     for part in slices:
         outputs = (part.output_start, part.output_size)
-        parts.append(ExpandSlice(*outputs, part.rank, part.rank, part.b_offset, h_start, part.scaling))
+        parts.append(ExpandSlice(*outputs, gathered * part.rank, part.b_offset, h_start, part.scaling))
         h_start += part.rank
     return parts
 
@@ -140,20 +138,19 @@ class ExpandTable(_SlotTable):
     """For each slot, its slices, whose columns are multiplied ``block_rank`` at a time.
 
     Rows of B are loaded ``width`` elements at a time where it divides the rank; slices of an odd rank are slower.
+    ``usual_rank`` counts the columns of B for all of the ``gathered`` TP ranks whose shrink outputs it takes.
     """
 
-    def __init__(self, entries_SEF: torch.Tensor, usual_rank: int) -> None:
+    def __init__(self, entries_SEF: torch.Tensor, usual_rank: int, gathered: int = 1) -> None:
         super().__init__(entries_SEF, _block_rank(usual_rank, _MAX_EXPAND_BLOCK))
+        self.gathered = gathered
         self.width = min(1 << (usual_rank - 1).bit_length(), _WIDEST)
         # Entries that a program looks at together, all of which are there: a power of two.
         self.first_entries = min(1 << (self.capacity.bit_length() - 1), _FIRST_ENTRIES)
 
     def pack_into(self, buffer: bytearray, first: int, slices: Sequence[ExpandSlice]) -> None:
         """Write the entries of one slot; raises ValueError beyond the table's capacity."""
-        fields = [
-            (s.output_start, s.output_size, s.rank, s.b_row_size, s.b_offset, s.h_start, _bits(s.scaling))
-            for s in slices
-        ]
+        fields = [(s.output_start, s.output_size, s.rank, s.b_offset, s.h_start, _bits(s.scaling)) for s in slices]
         self._pack_into(buffer, first, fields)
 
 
@@ -174,7 +171,12 @@ class SliceTables:
 
     @classmethod
     def on(
-        cls, entries_SEF: torch.Tensor, usual_rank: int, h_size: int, usual_ranks: int | None = None
+        cls,
+        entries_SEF: torch.Tensor,
+        usual_rank: int,
+        h_size: int,
+        usual_ranks: int | None = None,
+        gathered: int = 1,
     ) -> "SliceTables":
         """Tables on memory of ``(slots, entries_per_slot, ENTRY_FIELDS)``, whose zeros mean that slots are empty.
 
@@ -183,16 +185,19 @@ class SliceTables:
             usual_rank: rank of a slice; larger ones are served in several steps.
             h_size: largest sum of the ranks of a slot, however many slices they are of.
             usual_ranks: that sum for most adapters; others are served in more programs. Without it, ``h_size``.
+            gathered: TP ranks whose shrink outputs B takes.
         """
         shrink_SEF, expand_SEF = entries_SEF[:, : 1 + h_size], entries_SEF[:, 1 + h_size :]
         shrink = ShrinkTable(shrink_SEF, _block_rank(usual_ranks or h_size, _MAX_SHRINK_BLOCK))
-        return cls(shrink, ExpandTable(expand_SEF, usual_rank), h_size)
+        return cls(shrink, ExpandTable(expand_SEF, gathered * usual_rank, gathered), h_size)
 
     @classmethod
-    def allocate(cls, num_slots: int, usual_rank: int, h_size: int, device: torch.device) -> "SliceTables":
+    def allocate(
+        cls, num_slots: int, usual_rank: int, h_size: int, device: torch.device, gathered: int = 1
+    ) -> "SliceTables":
         """Empty tables of one layer alone."""
         shape = num_slots, cls.entries_per_slot(h_size), ENTRY_FIELDS
-        return cls.on(torch.zeros(shape, dtype=torch.int32, device=device), usual_rank, h_size)
+        return cls.on(torch.zeros(shape, dtype=torch.int32, device=device), usual_rank, h_size, gathered=gathered)
 
     def pack_into(self, buffer: bytearray, first: int, slices: Sequence[Slice]) -> None:
         """Write a slot's part from entry ``first`` of a host buffer on; no slices: its tokens are left alone.
@@ -204,9 +209,10 @@ class SliceTables:
         if total > self.h_size:
             raise ValueError(f"found {total} ranks together, expected at most {self.h_size}")
         b_first = min((part.b_offset for part in slices), default=0)
-        b_stop = max((part.b_offset + part.output_size * part.rank for part in slices), default=0)
+        gathered = self.expand.gathered
+        b_stop = max((part.b_offset + part.output_size * gathered * part.rank for part in slices), default=0)
         self.shrink.pack_into(buffer, first, shrink_groups(slices), (b_first, b_stop - b_first))
-        self.expand.pack_into(buffer, first + 1 + self.h_size, expand_slices(slices))
+        self.expand.pack_into(buffer, first + 1 + self.h_size, expand_slices(slices, gathered))
 
     def write(self, slot: int, slices: Sequence[Slice]) -> None:
         """Replace what ``slot`` holds of this layer alone; raises ValueError like `pack_into`."""

@@ -12,6 +12,8 @@ from bdlora_kernels.triton_shrink import load_tile
 _ENTRY_FIELDS = tl.constexpr(tables.ENTRY_FIELDS)
 # Columns of B that are summed up on their own where loads cannot be wide.
 _COLUMNS = tl.constexpr(16)
+# The numbers of so many tokens are loaded ahead.
+_FEW_TOKENS = tl.constexpr(8)
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -48,6 +50,15 @@ def _multiply(b_OR, h_RT, delta_OT):
 
 
 @triton.jit
+def _column_of_h(column, rank, h_rank_stride, GATHERED: tl.constexpr):
+    """Where what B's ``column`` is multiplied with stands in h, which has as many of them from each TP rank."""
+    if GATHERED > 1:
+        own_rank = rank // GATHERED
+        column = column // own_rank * h_rank_stride + column % own_rank
+    return column
+
+
+@triton.jit
 def _add_slice(
     delta_OT,
     h_ptr,
@@ -57,41 +68,55 @@ def _add_slice(
     o_O,  # outputs, counted from the slice's first
     output_size,
     rank,
-    b_row_size,
+    h_rank_stride,
     scaling,
     WIDTH: tl.constexpr,
+    GATHERED: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """``delta += scaling * B @ h.T``; ``WIDTH`` divides B's rank and row size, and the compiler sees it."""
+    """``delta += scaling * B @ h.T``; ``WIDTH`` divides B's rank, and the compiler sees it."""
     rank = rank // WIDTH * WIDTH
-    b_O = b_ptr + o_O * (b_row_size // WIDTH * WIDTH)
+    b_O = b_ptr + o_O * rank
     inside_O = (o_O >= 0) & (o_O < output_size)
     for start in tl.range(0, rank, BLOCK_R, num_stages=1):
         r_R = start + tl.arange(0, BLOCK_R)
         b_OR = tl.load(b_O[:, None] + r_R[None, :], mask=inside_O[:, None] & (r_R < rank)[None, :], other=0.0)
         # From the second-level cache: another multiprocessor wrote it.
-        h_ptrs = h_ptr + h_T[None, :] + r_R[:, None]
+        h_ptrs = h_ptr + h_T[None, :] + _column_of_h(r_R, rank, h_rank_stride, GATHERED)[:, None]
         h_RT = tl.load(h_ptrs, mask=(r_R < rank)[:, None] & in_tile_T[None, :], other=0.0, cache_modifier=".cg")
-        delta_OT = _multiply(b_OR, h_RT * scaling, delta_OT)
+        delta_OT = _multiply(b_OR, h_RT.to(tl.float32) * scaling, delta_OT)
     return delta_OT
 
 
 @triton.jit
-def _add_odd_slice(delta_OT, h_ptr, h_T, b_ptr, in_tile_T, o_O, output_size, rank, b_row_size, scaling):
+def _add_odd_slice(
+    delta_OT,
+    h_ptr,
+    h_T,
+    b_ptr,
+    in_tile_T,
+    o_O,
+    output_size,
+    rank,
+    h_rank_stride,
+    scaling,
+    GATHERED: tl.constexpr,
+):
     """The same for any rank, a column of B after the other: slow and small. A few columns are summed on their own, so
     that a large rank's sum does not lose more than the tensor cores' does."""
     inside_O = (o_O >= 0) & (o_O < output_size)
     for start in tl.range(0, rank, _COLUMNS, num_stages=1):
         sum_OT = tl.zeros_like(delta_OT)
         for column in tl.range(start, tl.minimum(start + _COLUMNS, rank), num_stages=1):
-            b_O = tl.load(b_ptr + o_O * b_row_size + column, mask=inside_O, other=0.0).to(tl.float32)
-            column_T = tl.load(h_ptr + h_T + column, mask=in_tile_T, other=0.0, cache_modifier=".cg")
-            sum_OT += b_O[:, None] * (column_T * scaling)[None, :]
+            b_O = tl.load(b_ptr + o_O * rank + column, mask=inside_O, other=0.0).to(tl.float32)
+            h_ptrs = h_ptr + h_T + _column_of_h(column, rank, h_rank_stride, GATHERED)
+            column_T = tl.load(h_ptrs, mask=in_tile_T, other=0.0, cache_modifier=".cg")
+            sum_OT += b_O[:, None] * (column_T.to(tl.float32) * scaling)[None, :]
         delta_OT += sum_OT
     return delta_OT
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["h_rank_stride"])
 def expand_kernel(
     y_ptr,
     h_ptr,
@@ -103,9 +128,11 @@ def expand_kernel(
     y_stride,
     b_stride,
     h_stride,
+    h_rank_stride,
     entries_stride,
     ENTRIES: tl.constexpr,
     WIDTH: tl.constexpr,
+    GATHERED: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -113,10 +140,11 @@ def expand_kernel(
 ):
     """``y[t, output_start + o] += sum(scaling * h[t, h_start + r] * B[o, r] for r)``
 
-    for each token t in a tile and each entry ``(output_start, output_size, rank, b_row_size, b_offset, h_start,
-    scaling)`` of its slot, with ``B[o, r] = b[slot, b_offset + o * b_row_size + r]``. Slices that write the same output
-    are added in float32, and y is rounded once. ``BLOCK_T`` tokens of a tile are done at a time: outputs are the rows
-    of the product, so that 8 tokens fill a tensor core. Grid: (blocks of outputs, tiles).
+    for each token t in a tile and each entry ``(output_start, output_size, rank, b_offset, h_start, scaling)`` of its
+    slot, with ``B[o, r] = b[slot, b_offset + o * rank + r]``. Slices that write the same output are added in float32,
+    and y is rounded once. Of h from ``GATHERED`` TP ranks, ``h_rank_stride`` elements apart, each has its share of the
+    columns. ``BLOCK_T`` tokens of a tile are done at a time: outputs are the rows of the product, so that 8 tokens fill
+    a tensor core. Grid: (blocks of outputs, tiles).
     """
     block = tl.program_id(0)
     slot, start, count, _ = load_tile(tiles_ptr, tl.program_id(1))
@@ -125,6 +153,12 @@ def expand_kernel(
     if count > 0:
         header_ptr = entries_ptr + slot * entries_stride
         num_slices, entry_ptr = tl.load(header_ptr), header_ptr + _ENTRY_FIELDS
+        position_T = tl.arange(0, BLOCK_T)
+        # Beside the entries, not behind them, as neither tells where the other is. Large tiles of older architectures,
+        # which have no PDL either, lack the registers.
+        ahead: tl.constexpr = PDL or BLOCK_T <= _FEW_TOKENS
+        if ahead:
+            token_T = tl.load(tokens_ptr + start + position_T, mask=position_T < count, other=0)
         first_output = block * BLOCK_O
         o_O = first_output + tl.arange(0, BLOCK_O)
         # The first entry that writes here, by one step of loads; what the others hold is then in the first-level cache.
@@ -135,9 +169,9 @@ def expand_kernel(
         first_slice = tl.min(tl.where(writes_E, e_E, ENTRIES))
         slot_b_ptr = b_ptr + slot.to(tl.int64) * b_stride
         for first_token in tl.range(0, count, BLOCK_T, num_stages=1):
-            position_T = first_token + tl.arange(0, BLOCK_T)
-            in_tile_T = position_T < count
-            token_T = tl.load(tokens_ptr + start + position_T, mask=in_tile_T, other=0)
+            in_tile_T = first_token + position_T < count
+            if not ahead:
+                token_T = tl.load(tokens_ptr + start + first_token + position_T, mask=in_tile_T, other=0)
             y_ptrs = y_ptr + token_T.to(tl.int64)[None, :] * y_stride + o_O[:, None]
             y_mask = (o_O < outputs)[:, None] & in_tile_T[None, :]
             y_OT = tl.load(y_ptrs, mask=y_mask, other=0.0)
@@ -146,19 +180,23 @@ def expand_kernel(
             for index in range(first_slice, num_slices):
                 slice_ptr = entry_ptr + index * _ENTRY_FIELDS
                 output_start, output_size = tl.load(slice_ptr), tl.load(slice_ptr + 1)
-                rank, b_row_size = tl.load(slice_ptr + 2), tl.load(slice_ptr + 3)
-                b_offset, h_start = tl.load(slice_ptr + 4), tl.load(slice_ptr + 5)
-                scaling = tl.load(slice_ptr + 6).to(tl.float32, bitcast=True)
+                rank, b_offset = tl.load(slice_ptr + 2), tl.load(slice_ptr + 3)
+                h_start = tl.load(slice_ptr + 4)
+                scaling = tl.load(slice_ptr + 5).to(tl.float32, bitcast=True)
                 if (output_start < first_output + BLOCK_O) & (output_start + output_size > first_output):
                     touched = 1
                     h_T = token_T * h_stride + h_start
-                    if (rank | b_row_size | b_offset) % WIDTH == 0:
+                    if (rank | b_offset) % WIDTH == 0:
                         slice_b_ptr = slot_b_ptr + b_offset // WIDTH * WIDTH
                         delta_OT = _add_slice(delta_OT, h_ptr, h_T, slice_b_ptr, in_tile_T, o_O - output_start,
-                                              output_size, rank, b_row_size, scaling, WIDTH, BLOCK_R)  # fmt: skip
+                                              output_size, rank, h_rank_stride, scaling,
+                                              WIDTH, GATHERED, BLOCK_R)  # fmt: skip
                     else:
                         delta_OT = _add_odd_slice(delta_OT, h_ptr, h_T, slot_b_ptr + b_offset, in_tile_T,
-                                                  o_O - output_start, output_size, rank, b_row_size,
-                                                  scaling)  # fmt: skip
+                                                  o_O - output_start, output_size, rank, h_rank_stride, scaling,
+                                                  GATHERED)  # fmt: skip
             if touched == 1:
                 tl.store(y_ptrs, (y_OT.to(tl.float32) + delta_OT).to(y_ptr.dtype.element_ty), mask=y_mask)
+            if ahead:
+                next_T = first_token + BLOCK_T + position_T
+                token_T = tl.load(tokens_ptr + start + next_T, mask=next_T < count, other=0)

@@ -142,6 +142,7 @@ def shrink_kernel(
     STAGES: tl.constexpr,
     ENTRIES: tl.constexpr,
     PREFETCH: tl.constexpr,
+    PREFETCH_B: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """``h[t, h_start + r] = sum(x[t, input_start + k] * A[r, k] for k)``
@@ -150,7 +151,8 @@ def shrink_kernel(
     ``A[r, k] = a[slot, a_offset + r * input_size + k]``; other elements of h are not touched. Grid: (tiles, programs
     that share the blocks of rows, splits). With more than one split each writes ``partial[split]`` of the same shape
     as h, and the last to arrive, by the tile's counter, adds them up and leaves the counter zero. With ``PREFETCH``
-    the slot's B and its first ``ENTRIES`` rows in the table of the expand go to the second-level cache.
+    the slot's first ``ENTRIES`` rows in the table of the expand go to the second-level cache, and with ``PREFETCH_B``
+    its B.
     """
     if PDL:
         # The expand kernel may be set up now; it waits for this one before it reads h.
@@ -168,7 +170,9 @@ def shrink_kernel(
         # There are as many entries as programs, so the first is there to be loaded before we know that it is in use.
         input_start, input_size = tl.load(entry_ptr), tl.load(entry_ptr + 1)
         rank, a_offset, h_start = tl.load(entry_ptr + 2), tl.load(entry_ptr + 3), tl.load(entry_ptr + 4)
-        if program < num_blocks:
+        # Always true: the compiler would else load the entry behind the branch, one more step after the header.
+        loaded = (input_start | input_size | rank | a_offset | h_start) >= 0
+        if (program < num_blocks) & loaded:
             slot_a_ptr = a_ptr + slot.to(tl.int64) * a_stride
             target_ptr = h_ptr if SPLITS == 1 else partial_ptr + split.to(tl.int64) * partial_stride
             for block in tl.range(program, num_blocks, programs, num_stages=1):
@@ -186,8 +190,9 @@ def shrink_kernel(
                     rank, a_offset, h_start = tl.load(entry_ptr + 2), tl.load(entry_ptr + 3), tl.load(entry_ptr + 4)
             if PREFETCH and not _INTERPRETED:  # noqa: SIM102 - decided by the compiler, the next one when it runs
                 if is_first == 1:
-                    first_b_ptr = b_ptr + slot.to(tl.int64) * b_stride + b_first
-                    _prefetch_b(first_b_ptr, b_elements, program * SPLITS + split, programs * SPLITS)
+                    if PREFETCH_B:
+                        first_b_ptr = b_ptr + slot.to(tl.int64) * b_stride + b_first
+                        _prefetch_b(first_b_ptr, b_elements, program * SPLITS + split, programs * SPLITS)
                     entries = (expand_entries_ptr + slot * expand_entries_stride).to(tl.int64)
                     _prefetch(entries + tl.arange(0, ENTRIES) * _SECTOR_BYTES)
             if SPLITS > 1:

@@ -7,7 +7,15 @@ from typing import Any
 import torch
 
 from bdlora_kernels.configurations import Configuration, load_configurations
-from bdlora_kernels.launch import Launch, Scratch, expand_launch, lookup_launch, shape_of, shrink_launch
+from bdlora_kernels.launch import (
+    Launch,
+    Scratch,
+    expand_launch,
+    forward_with_base,
+    lookup_launch,
+    shape_of,
+    shrink_launch,
+)
 from bdlora_kernels.layout import LayerFactors
 from bdlora_kernels.tables import SegmentTable, SliceTables
 from bdlora_perf.kernels.absent_gpu import Launched, absent_gpu
@@ -17,7 +25,7 @@ META = torch.device("meta")
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer of a batch; ``slices`` share the inputs, and have ``rank`` each."""
+    """One layer of a batch; ``slices`` share the inputs, and have ``rank`` each, on each of ``gathered`` TP ranks."""
 
     tokens: int
     slots: int
@@ -28,6 +36,8 @@ class Layer:
     dtype: torch.dtype = torch.bfloat16
     decode: bool = True
     deterministic: bool = False
+    gathered: int = 1
+    exchanged: bool = False
 
 
 def configuration_of(layer: Layer, capability: int) -> Configuration:
@@ -46,14 +56,14 @@ def launches(layer: Layer, capability: int) -> list[Launch]:
 
 def _prepare(layer: Layer, capability: int) -> tuple[Any, ...]:
     configurations = load_configurations(capability, layer.deterministic)
-    tables = SliceTables.allocate(layer.slots, layer.rank, layer.rank * layer.slices, META)
+    tables = SliceTables.allocate(layer.slots, layer.rank, layer.rank * layer.slices, META, layer.gathered)
     segments = SegmentTable(layer.tokens, layer.slots, configurations.block_tokens(layer.decode), META)
     x, y = (torch.empty(layer.tokens, n, dtype=layer.dtype, device=META) for n in (layer.inputs, layer.outputs))
-    elements = layer.rank * (layer.slices * layer.inputs + layer.outputs)
+    elements = layer.rank * (layer.slices * layer.inputs + layer.gathered * layer.outputs)
     slots = torch.empty(layer.slots, elements, dtype=layer.dtype, device=META)
     factors = LayerFactors(slots, slots, [()] * layer.slots)
     scratch = Scratch.for_segments(segments, configurations, tables.h_size, META)
-    configuration = configurations.choose(shape_of(x, layer.outputs, tables, segments))
+    configuration = configurations.choose(shape_of(x, layer.outputs, tables, segments, layer.exchanged))
     return configuration, x, y, factors, tables, segments, scratch
 
 
@@ -61,6 +71,23 @@ def compiled(layer: Layer, capability: int) -> list[Launched]:
     with absent_gpu(capability) as launched:
         for launch in launches(layer, capability):
             launch.run()
+    return launched
+
+
+def compiled_with_exchange(layer: Layer, capability: int) -> list[Launched]:
+    """Of a fully sharded layer, all that is called between its input and its output.
+
+    Nothing has a value on the meta device, so none of it can wait for one.
+    """
+    configuration, x, y, factors, tables, segments, scratch = _prepare(layer, capability)
+
+    def exchange(h_TR: torch.Tensor) -> torch.Tensor:
+        assert h_TR.dtype == layer.dtype
+        return h_TR.new_empty(layer.gathered * layer.tokens, h_TR.shape[1])
+
+    with absent_gpu(capability) as launched:
+        operands = x, factors, tables, segments, scratch, configuration
+        forward_with_base(lambda: y, layer.outputs, *operands, exchange=exchange)
     return launched
 
 
@@ -76,8 +103,10 @@ def compiled_lookup(layer: Layer, capability: int) -> Launched:
 
 
 def layers_in_use(dtype: torch.dtype) -> Iterator[Layer]:
-    """Layers that reach the kernels that the formula chooses: all sizes of blocks, both phases, many and few splits."""
+    """Layers that reach the kernels that the formula chooses: all sizes of blocks, both phases, many and few splits,
+    wide and narrow loads."""
     for rank, slices in ((4, 1), (8, 3), (32, 3)):
         yield Layer(64, 32, 1024, 8192, slices, rank, dtype)
         yield Layer(8192, 8, 1024, 8192, slices, rank, dtype, decode=False)
+    yield Layer(64, 32, 1024, 8192, 1, 2, dtype)
     yield Layer(1, 8, 8192, 1280, 3, 32, dtype)

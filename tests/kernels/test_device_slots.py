@@ -95,10 +95,10 @@ def assert_holds(slots: DeviceSlots, slot: int, layers: Layers) -> None:
         a = factors.a_SE[slot, a_offset : a_offset + rank * input_size].view(rank, input_size)
         assert torch.equal(a, torch.cat([part.a for part in parts]))
         for entry, part in zip(expand[1:], parts, strict=False):
-            output_start, output_size, own_rank, _, b_offset, _ = entry[:6].tolist()
+            output_start, output_size, own_rank, b_offset, _ = entry[:5].tolist()
             b = factors.b_SE[slot, b_offset : b_offset + output_size * own_rank].view(output_size, own_rank)
             assert torch.equal(b, part.b) and output_start == part.output_start
-            assert entry[6].view(torch.float32) == part.scaling
+            assert entry[5].view(torch.float32) == part.scaling
 
 
 def test_two_copies_from_one_pinned_block() -> None:

@@ -28,9 +28,9 @@ SLICES = (
 def test_slices_with_the_same_inputs_shrink_together() -> None:
     assert shrink_groups(SLICES) == [ShrinkGroup(0, 64, 23, 0, 0), ShrinkGroup(8, 40, 5, 1472, 23)]
     assert expand_slices(SLICES) == [
-        ExpandSlice(0, 32, 20, 20, 0, 0, 2.0),
-        ExpandSlice(32, 8, 3, 3, 640, 20, 0.5),
-        ExpandSlice(40, 8, 5, 5, 664, 23, -1.0),
+        ExpandSlice(0, 32, 20, 0, 0, 2.0),
+        ExpandSlice(32, 8, 3, 640, 20, 0.5),
+        ExpandSlice(40, 8, 5, 664, 23, -1.0),
     ]
 
 
@@ -40,13 +40,23 @@ def test_entries() -> None:
     tables.write(1, SLICES)
     assert tables.shrink.block_rank == 32 and tables.expand.block_rank == 32
     assert tables.shrink.entries_SEF[1, :3, :5].tolist() == [[2, 0, 704, 0, 0], [0, 64, 23, 0, 0], [8, 40, 5, 1472, 23]]
-    assert tables.expand.entries_SEF[1, :4, :6].tolist() == [
-        [3, 0, 0, 0, 0, 0], [0, 32, 20, 20, 0, 0], [32, 8, 3, 3, 640, 20], [40, 8, 5, 5, 664, 23]
+    assert tables.expand.entries_SEF[1, :4, :5].tolist() == [
+        [3, 0, 0, 0, 0], [0, 32, 20, 0, 0], [32, 8, 3, 640, 20], [40, 8, 5, 664, 23]
     ]  # fmt: skip
-    assert tables.expand.entries_SEF[1, 1:4, 6].view(torch.float32).tolist() == [2.0, 0.5, -1.0]
+    assert tables.expand.entries_SEF[1, 1:4, 5].view(torch.float32).tolist() == [2.0, 0.5, -1.0]
     assert not tables.shrink.entries_SEF[0].any()
     tables.write(1, ())
     assert tables.shrink.entries_SEF[1, 0, 0] == tables.expand.entries_SEF[1, 0, 0] == 0
+
+
+def test_gathered_entries() -> None:
+    """B takes the columns of four ranks, each of which has shrunk 2 and 1: 8 of one slice and 4 of the other."""
+    slices = [Slice(0, 64, 0, 32, 2, 0, 0, 2.0), Slice(0, 64, 32, 8, 1, 128, 256, 0.5)]
+    assert expand_slices(slices, gathered=4) == [ExpandSlice(0, 32, 8, 0, 0, 2.0), ExpandSlice(32, 8, 4, 256, 2, 0.5)]
+    tables = SliceTables.allocate(num_slots=1, usual_rank=2, h_size=3, device=CPU, gathered=4)
+    tables.write(0, slices)
+    assert tables.h_size == 3 and tables.expand.width == 8 and tables.expand.gathered == 4
+    assert tables.shrink.entries_SEF[0, 0, :3].tolist() == [1, 0, 256 + 8 * 4], "what is prefetched: both B"
 
 
 def test_tall_a_goes_in_blocks() -> None:
@@ -124,6 +134,15 @@ def test_formula(shape: Shape, capability: int, splits: int, overlap: bool, pdl:
 def test_overlap_without_pdl() -> None:
     with pytest.raises(ValueError, match="found overlap with pdl"):
         replace(by_formula(Shape(1, 1, 1024, 8192, 16, 16, 1, 16), 90), pdl=True)
+
+
+def test_b_is_fetched_where_it_is_small_and_stays() -> None:
+    """Beside a product of 17 MB, B of 8 adapters (2 MB) and not of 32, nor beside one of 59 MB: the cache has 50."""
+    few, many = Shape(8, 8, 1024, 8192, 16, 16, 1, 16), Shape(256, 47, 1024, 8192, 16, 16, 1, 16)
+    assert by_formula(few, 90).prefetch_b and not by_formula(many, 90).prefetch_b
+    assert not by_formula(replace(few, inputs=3584), 90).prefetch_b
+    with pytest.raises(ValueError, match="found prefetch_b without overlap"):
+        replace(by_formula(few, 90), overlap=False)
 
 
 def test_a_tuned_configuration_where_one_is_near() -> None:

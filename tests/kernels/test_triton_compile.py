@@ -5,6 +5,7 @@ In the types that are served: float32 has no tensor cores at full precision, and
 
 import os
 import re
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -16,8 +17,17 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from bdlora_kernels.configurations import ARCHITECTURES
 from bdlora_kernels.triton_expand import expand_kernel
 from bdlora_kernels.triton_shrink import shrink_kernel
-from bdlora_perf.kernels.absent_gpu import Launched
-from tests.kernels.compiling import Layer, compiled, compiled_lookup, configuration_of, layers_in_use
+from bdlora_perf.kernels.absent_gpu import Launched, absent_gpu
+from bdlora_perf.kernels.static import RANKS, sweep
+from tests.kernels.compiling import (
+    Layer,
+    compiled,
+    compiled_lookup,
+    compiled_with_exchange,
+    configuration_of,
+    launches,
+    layers_in_use,
+)
 
 each_architecture = pytest.mark.parametrize("capability", ARCHITECTURES, ids="sm_{}".format)
 
@@ -35,12 +45,67 @@ def resident(launched: Launched) -> int:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @each_architecture
 def test_registers_and_occupancy(capability: int, dtype: torch.dtype) -> None:
-    found = [(layer, launched) for layer in layers_in_use(dtype) for launched in compiled(layer, capability)]
+    check_registers((layer, launched) for layer in layers_in_use(dtype) for launched in compiled(layer, capability))
+
+
+@pytest.mark.full
+@each_architecture
+def test_registers_and_occupancy_of_every_configuration(capability: int) -> None:
+    """Of the sweep of ``bdlora perf kernels --static``: both models, both phases, all ranks and batches."""
+    known: set[object] = set()
+    for case in sweep(("Llama-3.1-70B", "Llama-3.1-8B"), ("decode", "prefill"), RANKS):
+        shape, decode = case.shape(), case.phase == "decode"
+        layer = Layer(
+            case.tokens, case.adapters, shape.inputs, shape.total_outputs, len(shape.outputs), case.rank, decode=decode
+        )
+        for launch in launches(layer, capability):
+            binary = launch.kernel.fn.__name__, tuple(sorted(launch.options.items()))
+            if binary not in known:
+                known.add(binary)
+                with absent_gpu(capability) as found:
+                    launch.run()
+                check_registers([(layer, found[0])])
+    assert len(known) > 20
+
+
+def check_registers(found: Iterable[tuple[Layer, Launched]]) -> None:
     for layer, launched in found:
         code = launched.code
         assert code.stack == 0, f"{code.name} spills {code.stack} bytes in {layer}"
         expected = PROGRAMS[code.name][0 if layer.decode and layer.slices * layer.rank <= 32 else 1]
         assert resident(launched) >= expected, f"{code.name}: {code.registers} registers in {layer}"
+
+
+def sharded_layers(tokens: int, decode: bool) -> list[Layer]:
+    """qkv and o of 70B, fully sharded over 8 ranks, at rank 16: 2 rows of A for each of q, k, v; all 16 of o's."""
+    qkv = Layer(tokens, 8, 8192, 1280, 3, 2, decode=decode, gathered=8, exchanged=True)
+    return [qkv, Layer(tokens, 8, 1024, 1024, 1, 16, decode=decode, exchanged=True)]
+
+
+@pytest.mark.parametrize(
+    "capability",
+    [
+        capability if capability == 90 else pytest.param(capability, marks=pytest.mark.full)
+        for capability in ARCHITECTURES
+    ],
+    ids="sm_{}".format,
+)
+def test_fully_sharded_layers_have_registers_and_occupancy_as_well(capability: int) -> None:
+    for decode, tokens in ((True, 64), (False, 8192)):
+        for layer in sharded_layers(tokens, decode):
+            for launched in compiled_with_exchange(layer, capability):
+                code = launched.code
+                assert code.stack == 0, f"{code.name} spills {code.stack} bytes in {layer}"
+                assert resident(launched) >= PROGRAMS[code.name][0 if decode else 1], (code.registers, layer)
+
+
+def test_a_fully_sharded_batch_of_another_size_runs_the_same_binary() -> None:
+    binaries = []
+    for tokens in (33, 64, 100):
+        for layer in sharded_layers(tokens, decode=True):
+            assert len(compiled_with_exchange(layer, 90)) == 2
+        binaries.append([len(kernel.device_caches[90][0]) for kernel in (shrink_kernel, expand_kernel)])
+    assert binaries[0] == binaries[1] == binaries[2]
 
 
 @each_architecture

@@ -9,9 +9,11 @@ from tests.kernels.test_eager import SEGMENTS, SLICES, SLOTS
 from tests.kernels.triton_support import (
     DEVICE,
     OVERLAP,
+    SHARDED,
     SPLITS,
     make_layer,
     make_scratch,
+    make_sharded_layer,
     random_tokens,
 )
 
@@ -27,13 +29,20 @@ INPUTS, OUTPUTS, TOKENS = 67, 53, 64
 MIXED = [SLICES["plain-rank16"], SLICES["qkv"], [], SLICES["row-blocks"], SLICES["plain-rank1"]]
 
 
+@pytest.mark.parametrize("exchanges", [False, True], ids=["", "fully-sharded"])
 @pytest.mark.parametrize(
     "configuration",
     [SPLITS, replace(SPLITS, pdl=WIDE), OVERLAP],
     ids=["serial", "serial-with-pdl", "overlap"],
 )
-def test_replay_is_eager(configuration: Configuration) -> None:
-    static, other = make_layer(MIXED, torch.bfloat16), make_layer(list(reversed(MIXED)), torch.bfloat16, seed=5)
+def test_replay_is_eager(configuration: Configuration, exchanges: bool) -> None:
+    """``exchanges``: with what an all-gather of two ranks leaves where both hold the same."""
+    if exchanges and configuration.pdl:
+        pytest.skip("another kernel comes between shrink and expand")
+    both = [make_layer(slots, torch.bfloat16, seed) for slots, seed in ((MIXED, 0), (list(reversed(MIXED)), 5))]
+    if exchanges:
+        both = [make_sharded_layer(SHARDED["gather"], torch.bfloat16, 2, gathers=True, seed=seed)[0] for seed in (0, 5)]
+    static, other = both
     segments = SegmentTable(TOKENS, SLOTS, 16, DEVICE)
     scratch = make_scratch(segments, static.tables.h_size, configuration)
     second_stream = make_second_stream(DEVICE)
@@ -41,7 +50,8 @@ def test_replay_is_eager(configuration: Configuration) -> None:
 
     def run() -> None:
         operands = x, static.factors, static.tables, segments, scratch, configuration, second_stream
-        forward_with_base(lambda: y, OUTPUTS, *operands)
+        exchange = (lambda h_TR: torch.cat([h_TR, h_TR])) if exchanges else None
+        forward_with_base(lambda: y, OUTPUTS, *operands, exchange)
 
     segments.fill([], [])
     run()  # compiles

@@ -18,7 +18,8 @@ FOLDER = Path(__file__).parent
 @pytest.mark.skipif(RUNNABLE, reason="they run in this process")
 def test_kernels_in_the_interpreter() -> None:
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER / "test_triton_kernels.py")]
+    files = [str(FOLDER / f"test_triton_{name}.py") for name in ("kernels", "fully_sharded")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     done = subprocess.run(
         command, cwd=FOLDER.parents[1], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
     )

@@ -31,13 +31,11 @@ from bdlora_kernels.launch import (
     Scratch,
     add_embedding_delta_triton,
     add_lora_delta_triton,
-    expand_launch,
     forward_with_base,
     make_second_stream,
     shape_of,
-    shrink_launch,
 )
-from bdlora_kernels.tables import ENTRY_FIELDS, ExpandSlice, ExpandTable, SegmentTable
+from bdlora_kernels.tables import SegmentTable
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 each_configuration = pytest.mark.parametrize("configuration", CONFIGURATIONS.values(), ids=CONFIGURATIONS)
@@ -234,35 +232,6 @@ def test_with_base(requests: list[Request], configuration: Configuration | None)
         x.fill_(POISON)
         assert calls == [1]
         assert_close(result.cpu(), y_TO, x_TI, layer.unpacked, requests)
-
-
-def test_fully_sharded() -> None:
-    """S-LoRA: two ranks shrink the halves of A's rows, gather, and expand with all columns of B."""
-    rank, half, inputs, outputs = 12, 6, 40, 24
-    whole_layer = make_layer([[Window(range(inputs), range(outputs), rank)]], torch.float32)
-    x_TI, y_TO = random_tokens([(0, 5)], inputs, outputs, torch.float32)
-    segments = segment_table([(0, 5)], 1)
-    gathered = []
-    for start in (0, half):
-        part = make_layer([[Window(range(inputs), range(outputs), half)]], torch.float32)
-        (place,) = part.factors.slices[0]
-        (stored,) = whole_layer.unpacked[0]
-        part.factors.a(0, place).copy_(stored.a[start : start + half])
-        h_TR = torch.full((5, half), POISON, device=DEVICE)
-        shrink_launch(h_TR, x_TI.to(DEVICE), part.factors, part.tables, segments, h_TR, NO_SPLITS).run()
-        gathered.append(h_TR)
-    # Rank after rank, each with room for more columns than it uses.
-    h_TW = torch.full((5, 2 * 8), POISON, device=DEVICE)
-    scaling = whole_layer.unpacked[0][0].scaling
-    buffer = bytearray(4 * 3 * ENTRY_FIELDS)
-    table = ExpandTable(torch.zeros(1, 3, ENTRY_FIELDS, dtype=torch.int32, device=DEVICE), 16)
-    table.pack_into(buffer, 0, [ExpandSlice(0, outputs, half, rank, n * half, n * 8, scaling) for n in (0, 1)])
-    table.entries_SEF.copy_(torch.frombuffer(buffer, dtype=torch.int32).view(1, 3, ENTRY_FIELDS))
-    for n, h_TR in enumerate(gathered):
-        h_TW[:, n * 8 : n * 8 + half] = h_TR
-    result = y_TO.to(DEVICE, copy=True)
-    expand_launch(result, h_TW, whole_layer.factors.b_SE, table, segments, NO_SPLITS).run()
-    assert_close(result.cpu(), y_TO, x_TI, whole_layer.unpacked, [(0, 5)])
 
 
 @pytest.mark.parametrize("broken", ["x-dtype", "x-columns", "y-columns", "too-many-tokens"])

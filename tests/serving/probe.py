@@ -92,7 +92,7 @@ class ProbedScheduler(BDLoRAScheduler):
             "lora_added_tokens_size": 0,
         }
         sizes = slot_sizes_for_adapters([name for layer in manager.lora_modules for name in layer], [lora.plan])
-        kernels = choose_kernels(manager.device, 1, needs_torch=manager.sharding.exchanges)
+        kernels = choose_kernels(manager.device, 1, exchanges=manager.sharding.exchanges)
         ours = BDLoRAMemoryPool(slot_sizes=sizes, sharding=manager.sharding, kernels=kernels, **common)
         theirs = LoRAMemoryPool(**common)
         buffers = [*theirs.A_buffer.values(), *theirs.B_buffer.values()]

@@ -1,6 +1,7 @@
 """What describing a batch costs: nothing where there is nothing to do, and memory that was taken at the start."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from bdlora_kernels import PackedAdapter, SegmentTable, SlotSize, UnpackedSlice, pack_adapter, plan_layer
 from bdlora_kernels.configurations import DECODE_TOKENS, Shape
+from bdlora_kernels.device_slots import ALL_LAYERS
 from bdlora_sglang.serving.backend import BDLoRABackend
 from bdlora_sglang.serving.kernels import NO_SLOT, BatchLimits, Kernels, LayerShape, TorchKernels
 from bdlora_sglang.serving.triton_kernels import TritonKernels, token_counts
@@ -170,3 +172,41 @@ def test_every_configuration_is_compiled_before_the_first_request(shape: tuple[i
         return known.choose(Shape(tokens, tiles, *shape, block, 16, 1, 16))
 
     assert {chosen(tokens) for tokens in range(1, 4097)} == {chosen(tokens) for tokens in token_counts(4096)}
+
+
+@pytest.mark.parametrize("exchanges", [False, True], ids=["communication-free", "fully-sharded"])
+def test_what_a_batch_runs_was_compiled_before(exchanges: bool) -> None:
+    """On a GPU that is absent, and without the other ranks, which may have other layers to compile."""
+    pytest.importorskip("triton")
+    from bdlora_kernels.triton_expand import expand_kernel
+    from bdlora_kernels.triton_shrink import shrink_kernel
+    from bdlora_perf.kernels.absent_gpu import absent_gpu
+
+    def binaries() -> int:
+        return sum(len(kernel.device_caches[80][0]) for kernel in (shrink_kernel, expand_kernel))
+
+    ranks, done = (2 if exchanges else 1), []
+    size = replace(SIZE, ranks=RANK // ranks, usual_rank=RANK // ranks, usual_ranks=RANK // ranks, gathered=ranks)
+    with absent_gpu(80):
+        kernels = TritonKernels(torch.device("meta"), SLOTS, exchanges)
+        slots = kernels.allocate(SLOTS, dict.fromkeys(SHAPES, size), torch.bfloat16)
+        kernels.reserve(SHAPES, BatchLimits(MAX_TOKENS, GRAPH_TOKENS))
+        kernels.compile(lambda count, total: done.append((count, total)))
+        compiled = binaries()
+        assert done == [(1, 1)] and compiled >= 4
+        sent: list[torch.Tensor] = []
+        for tokens in (1, 3, 16, 17, 256, 300, MAX_TOKENS):
+            x, y = (slots.zeros(tokens, size) for size in (INPUTS, OUTPUTS))
+
+            def exchange(h_TR: torch.Tensor) -> torch.Tensor:
+                sent.append(h_TR)
+                return torch.cat([h_TR] * ranks)
+
+            batch = kernels.segments([0], [tokens], graph="decode" if tokens <= GRAPH_TOKENS else None)
+            operands = x, slots.layers["q"], replace(batch, active_layers=ALL_LAYERS)
+            kernels.forward_with_base(lambda y=y: y, OUTPUTS, *operands, exchange if exchanges else None)
+        assert binaries() == compiled
+        assert [h.shape for h in sent] == ([(n, 2) for n in (1, 3, 16, 17, 256, 300, MAX_TOKENS)] if exchanges else [])
+        # A layer that nobody's adapter holds: no rank waits for another.
+        kernels.forward_with_base(lambda: y, OUTPUTS, x, slots.layers["q"], batch, exchange if exchanges else None)
+        assert len(sent) in (0, 7)

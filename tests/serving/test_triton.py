@@ -9,7 +9,7 @@ import pytest
 
 from bdlora_perf.synthetic.reference import PeftReference
 from tests.serving.graph_tables import MAX_PREFILL_TOKENS, TABLES_FILE, GraphTablesScheduler
-from tests.serving.zoo import Zoo
+from tests.serving.zoo import FREE, SHARDED, Zoo
 
 # The interpreter takes seconds for what a GPU does in microseconds.
 NEW_TOKENS = 2
@@ -18,20 +18,27 @@ PROMPT = [11, 23, 5]
 GIVEN, LATE = ("plain-r5-rslora", "bd3-r12", "bd8-r16", "ends"), "plain-r16"
 
 
+@pytest.fixture(params=[FREE, pytest.param(SHARDED, marks=pytest.mark.full)])
+def sharding(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture
-def engine(zoo: Zoo, tmp_path: Path) -> Iterator[Any]:
+def engine(zoo: Zoo, tmp_path: Path, sharding: str) -> Iterator[Any]:
     from bdlora_sglang import Engine
 
     class GraphTablesEngine(Engine):
         scheduler_class = GraphTablesScheduler
 
     model = zoo.model("llama", num_hidden_layers=1)
-    adapters = _adapters(zoo, model)
+    adapters = _adapters(zoo, model, sharding)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         patch.setenv(TABLES_FILE, str(tmp_path / "tables"))
         engine = GraphTablesEngine(
             model_path=str(model),
+            tp_size=1 if sharding == FREE else 2,
+            lora_sharding=sharding,
             dtype="float32",
             lora_paths=[f"{name}={adapters[name]}" for name in GIVEN],
             max_lora_rank=16,
@@ -44,15 +51,19 @@ def engine(zoo: Zoo, tmp_path: Path) -> Iterator[Any]:
     atexit.unregister(engine.shutdown)
 
 
-def _adapters(zoo: Zoo, model: Path) -> dict[str, Path]:
-    ends = zoo.adapter(model, "ends", seed=70, rank=6, target_modules=["embed_tokens", "lm_head", "q_proj"])
+def _adapters(zoo: Zoo, model: Path, sharding: str) -> dict[str, Path]:
+    own = {"rank": 6, "target_modules": ["embed_tokens", "lm_head", "q_proj"]}
+    if sharding == SHARDED:  # of linear layers alone; two ranks do not divide this rank
+        own = {"rank": 3, "target_modules": ["q_proj", "down_proj"]}
+    ends = zoo.adapter(model, f"ends-{sharding}", seed=70, **own)
     return {**zoo.adapters(model, but={"bd2-v-down-layer1", "bd4-patterns-rslora"}), "ends": ends}
 
 
-def test_tokens_equal_peft(engine: Any, zoo: Zoo, tmp_path: Path) -> None:
-    """Adapters of every kind and the base model, batch after batch in the same tables; one adapter comes later."""
+def test_tokens_equal_peft(engine: Any, zoo: Zoo, tmp_path: Path, sharding: str) -> None:
+    """Adapters of every kind and the base model, batch after batch in the same tables; one adapter comes later. Fully
+    sharded, two ranks exchange what the kernels have shrunk."""
     model = zoo.model("llama", num_hidden_layers=1)
-    adapters = _adapters(zoo, model)
+    adapters = _adapters(zoo, model, sharding)
     reference = PeftReference(model)
     assert engine.load_lora_adapter(LATE, str(adapters[LATE])).success
     for names in ([None, *GIVEN, LATE], [LATE, "bd3-r12"], ["bd8-r16", "ends"], [None, "ends"]):

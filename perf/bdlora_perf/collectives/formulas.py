@@ -14,6 +14,20 @@ class Batch:
     rank: int
 
 
+def agree(found: Counter[Collective], expected: Counter[Collective]) -> bool:
+    """Whether as many of each kind and shape were found; of each kind alone where replayed graphs have no shapes."""
+    if all(collective.shape is not None for collective in found):
+        return found == expected
+    return _by_operation(found) == _by_operation(expected)
+
+
+def _by_operation(collectives: Counter[Collective]) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    for collective, count in collectives.items():
+        counts[collective.operation] += count
+    return counts
+
+
 def added_by_lora(fully_sharded: bool, batch: Batch, num_layers: int, num_ranks: int) -> Counter[Collective]:
     """Collectives that LoRA adds to the base model's.
 

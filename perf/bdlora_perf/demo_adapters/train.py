@@ -20,7 +20,7 @@ from bdlora_perf.demo_adapters.reviews import Review, read_reviews
 from bdlora_perf.demo_adapters.tasks import ADAPTERS, ADAPTERS_FOLDER, DemoAdapter
 from bdlora_perf.quality.init import initialise_like_lora
 from bdlora_perf.smollm2 import NAME, make_smollm2
-from bdlora_perf.synthetic.models import ALL_MODULES, BD_A_MODULES, BD_B_MODULES, settle_config
+from bdlora_perf.synthetic.adapters import ALL_MODULES, lora_config, settle_config
 from bdlora_perf.synthetic.reference import PeftReference
 
 if TYPE_CHECKING:
@@ -87,20 +87,12 @@ def train(adapter: DemoAdapter, model_folder: Path, folder: Path, settings: Sett
 
 
 def _new_adapter(adapter: DemoAdapter, model_folder: Path, seed: int) -> "PeftModel":
-    from peft import BdLoraConfig, LoraConfig, get_peft_model
+    from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
-    blocks = None
-    if adapter.nblocks is not None:
-        row, column = ([name for name in ALL_MODULES if name in side] for side in (BD_A_MODULES, BD_B_MODULES))
-        blocks = BdLoraConfig(target_modules_bd_a=row, target_modules_bd_b=column, nblocks=adapter.nblocks)
-    config = LoraConfig(
-        r=adapter.rank,
-        lora_alpha=2 * adapter.rank,
-        target_modules=list(ALL_MODULES),
-        layers_to_transform=list(_LAYERS),
-        use_bdlora=blocks,
-        task_type="CAUSAL_LM",
+    layers = list(_LAYERS)
+    config = lora_config(
+        adapter.rank, adapter.nblocks, ALL_MODULES, lora_alpha=2 * adapter.rank, layers_to_transform=layers
     )
     base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     return initialise_like_lora(get_peft_model(base, config), seed)

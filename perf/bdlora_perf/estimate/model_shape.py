@@ -1,7 +1,7 @@
 """The shapes of a dense decoder: hidden size, heads, layers, and its linear modules as tensor parallelism cuts them."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -53,6 +53,21 @@ class ModelShape:
                 raise BDLoRAError(f"--tp: found {tp} and {what} of {size}, expected a divisor of {size}")
         if self.kv_heads % tp and tp % self.kv_heads:
             raise BDLoRAError(f"--tp: found {tp} and {self.kv_heads} KV heads, expected one to divide the other")
+
+    def one_rank_of(self, tp: int) -> "ModelShape":
+        """What one of ``tp`` ranks holds and computes, as a model of its own.
+
+        Raises:
+            BDLoRAError: the model cannot be cut so.
+        """
+        self.check_tp(tp)
+        return replace(
+            self,
+            heads=self.heads // tp,
+            kv_heads=self.local_kv_heads(tp),
+            intermediate=self.intermediate // tp,
+            vocabulary=-(-self.vocabulary // tp),
+        )
 
     def local_kv_heads(self, tp: int) -> int:
         """KV heads of one rank: they are copied where there are fewer than ranks."""

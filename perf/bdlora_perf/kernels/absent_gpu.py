@@ -7,7 +7,7 @@ code decides (grids, constants, warps, what Triton specializes on) is what a GPU
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -25,11 +25,11 @@ _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuo
 
 @dataclass(frozen=True)
 class Launched:
-    """One launch: its grid, what was compiled for it, and the arguments in order, constants included."""
+    """One launch: its grid, what was compiled for it, and the arguments by name, constants included."""
 
     grid: tuple[int, int, int]
     code: "MachineCode"
-    arguments: tuple[Any, ...]
+    arguments: Mapping[str, Any]
 
     @property
     def programs(self) -> int:
@@ -39,7 +39,12 @@ class Launched:
 
 @dataclass(frozen=True)
 class MachineCode:
-    """What the assembler made of a kernel. ``stack`` are bytes a thread, which hold what did not fit into registers."""
+    """What the assembler made of a kernel.
+
+    ``stack`` are bytes a thread, which hold what did not fit into registers; ``parameters`` are names and Triton's
+    types ("*bf16", "i32") of what the kernel is given when it runs, in order. ``stages``: of its pipelined loops,
+    unless the kernel says else.
+    """
 
     name: str
     warps: int
@@ -47,23 +52,25 @@ class MachineCode:
     stack: int
     shared: int
     sass: str
+    stages: int = 1
+    parameters: tuple[tuple[str, str], ...] = ()
 
 
 @cache
-def machine_code(name: str, warps: int, shared: int, binary: bytes) -> MachineCode:
+def machine_code(
+    name: str, warps: int, shared: int, binary: bytes, stages: int, parameters: tuple[tuple[str, str], ...]
+) -> MachineCode:
     """Registers, stack and SASS of a kernel that Triton compiled."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
-        usage, sass = _run("-res-usage", file.name), _run("-sass", file.name)
-    found = re.findall(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage)
-    assert len(found) == 1, usage
+        sass = subprocess.run(
+            [_CUOBJDUMP, "-res-usage", "-sass", file.name], check=True, capture_output=True, text=True
+        ).stdout
+    found = re.findall(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", sass)
+    assert len(found) == 1, found
     registers, stack, local = map(int, found[0])
-    return MachineCode(name, warps, registers, stack + local, shared, sass)
-
-
-def _run(*arguments: str) -> str:
-    return subprocess.run([_CUOBJDUMP, *arguments], check=True, capture_output=True, text=True).stdout
+    return MachineCode(name, warps, registers, stack + local, shared, sass, stages, parameters)
 
 
 @contextmanager
@@ -91,13 +98,17 @@ class _AbsentGPU(DriverBase):  # type: ignore[misc, unused-ignore]
         )
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
+        names = source.fn.arg_names
+        given = tuple((name, source.signature[name]) for name in names if source.signature[name] != "constexpr")
+
         # What Triton calls in place of the kernel: grid, stream, function, metadata twice, two hooks, the arguments.
         def launch(x: int, y: int, z: int, _stream: int, function: bytes, *rest: Any) -> None:
-            code = machine_code(metadata.name, metadata.num_warps, metadata.shared, function)
+            shared, stages = metadata.shared, metadata.num_stages
+            code = machine_code(metadata.name, metadata.num_warps, shared, function, stages, given)
             # Triton keeps the launcher with the kernel: it may be older than the list of now.
             active = driver.active
             assert isinstance(active, _AbsentGPU), active
-            active.launches.append(Launched((x, y, z), code, rest[4:]))
+            active.launches.append(Launched((x, y, z), code, dict(zip(names, rest[4:], strict=True))))
 
         return launch
 

@@ -61,7 +61,9 @@ def _prepare_forward(
     tables = [_slice_tables(problem) for _ in range(problem.num_sets)]
     chosen = configuration or known.choose(shape_of(problem.x_TI, problem.y_TO.shape[1], tables[0], segments))
     if overlap is not None:
-        chosen = replace(chosen, overlap=overlap, pdl=chosen.pdl and not overlap)
+        chosen = replace(
+            chosen, overlap=overlap, prefetch_b=chosen.prefetch_b and overlap, pdl=chosen.pdl and not overlap
+        )
     scratch = Scratch.allocate(segments.max_tokens, tables[0].h_size, segments.max_tokens * chosen.splits, device)
     second_stream = make_second_stream(device)
     slots = [slices] * problem.num_slots

@@ -82,13 +82,13 @@ def prepare_triton(problem: Problem) -> Call:
 
 
 def triton_v2_runner(
-    problem: Problem, architecture: str | None = None
+    problem: Problem, architecture: str | None = None, runner_class: type[DenseLoraRunner] = DenseLoraRunner
 ) -> tuple[DenseLoraRunner, DensePlan, tuple[int, ...]]:
     """SGLang's runner with the batch, the plan that it chooses (for this GPU, or an ``architecture`` such as "sm90"),
     and where the slices' outputs start and end."""
     device = problem.x_TI.device
     offsets, tokens = tuple(problem.output_starts), len(problem.slots_T)
-    runner = DenseLoraRunner(LoraWorkspace(), max_loras=problem.num_slots, device=device, architecture=architecture)
+    runner = runner_class(LoraWorkspace(), max_loras=problem.num_slots, device=device, architecture=architecture)
     runner.begin_batch(
         token_slots=torch.tensor(problem.slots_T, dtype=torch.int32, device=device),
         lora_ranks=torch.full((problem.num_slots,), problem.rank, dtype=torch.int32, device=device),

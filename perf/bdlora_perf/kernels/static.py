@@ -1,196 +1,156 @@
-"""What LoRA's kernels are made of, ours and SGLang's, for a GPU that is not there: read from machine code, not timed.
+"""LoRA's kernels for a GPU that is not there: every launch of every system, and what the latency model makes of it.
 
-Run ``python -m bdlora_perf.kernels.static --capability 90 --output DIR``. It needs torch, Triton and SGLang, and no
-GPU: kernels are launched by their own host code on PyTorch's "meta" device (`bdlora_perf.kernels.absent_gpu`).
+Nothing is timed. Kernels are launched by their own host code on PyTorch's "meta" device, compiled for the architecture
+(`bdlora_perf.kernels.absent_gpu`), and Triton keeps what it has compiled by kernel, constants and architecture.
 """
 
-import argparse
-import json
+import itertools
+import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
-from itertools import pairwise
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
 
-import torch
-import triton  # type: ignore[import-untyped, unused-ignore]
-from sglang.kernels.ops.lora.common.lora_b import SliceGeometry, grouped_lora_b, per_row_lora_b
-from sglang.kernels.ops.lora.dense.chunked_sgmv_expand import _chunked_lora_expand_kernel
-from sglang.kernels.ops.lora.dense.chunked_sgmv_shrink import _chunked_lora_shrink_kernel
-from sglang.kernels.ops.lora.dense.lora_tuning_config import DEFAULT_EXPAND_CONFIG, DEFAULT_SHRINK_CONFIG
-from sglang.srt.lora.dense.plan import BFamily
+from bdlora_perf.kernels.absent_gpu import MachineCode
+from bdlora_perf.kernels.latency import (
+    CONSTANTS,
+    KNOWN,
+    Architecture,
+    Constants,
+    Work,
+    base_time,
+    corners,
+    launch_time,
+    overlapped,
+    serial,
+)
+from bdlora_perf.kernels.shapes import LAYERS, Case, Phase
 
-from bdlora_kernels.configurations import ARCHITECTURES, load_configurations
-from bdlora_kernels.launch import Scratch, expand_launch, shape_of, shrink_launch
-from bdlora_kernels.layout import LayerFactors
-from bdlora_kernels.tables import SegmentTable, SliceTables
-from bdlora_perf.kernels.absent_gpu import Launched, absent_gpu
-from bdlora_perf.kernels.problem import Problem
-from bdlora_perf.kernels.sglang_contenders import CHUNK_SIZE, batch_info, triton_v2_runner
-from bdlora_perf.kernels.shapes import LAYERS, MODELS, Case
-
-META = torch.device("meta")
+DECODE_TOKENS, DECODE_ADAPTERS = (1, 8, 32, 64, 256), (1, 8, 32)
+PREFILLS = ((2048, 8), (8192, 8))
+RANKS = (2, 4, 8, 16, 32, 64)
+TP = 8
+# BD-LoRA of rank 2 r in 8 blocks at TP 8 has the local rank r / 4: plain LoRA's r is four times ours.
+MATCHED_FACTOR = 4
+MATCHED = "triton_v2_r2"
+SYSTEM_NAMES = ("bdlora", "csgmv", "triton", "triton_v2")
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """Of one multiprocessor and how many there are: NVIDIA's tuning guides for Ampere, Hopper and Blackwell."""
+class Row:
+    """One system at one case: what it launches, and the model's microseconds that LoRA adds to the layer.
 
-    multiprocessors: int
-    registers: int = 65536
-    warps: int = 64
-    programs: int = 32
-    shared: int = 227 * 1024
+    Attributes:
+        case: at the rank of our factors, also where the system serves another one.
+        kernels: of each launch programs, registers, spilled bytes, shared bytes, programs that a multiprocessor holds,
+            waves, dependent loads before the first product, and what bounds its time, by name.
+        needed: bytes that any kernel must move; ``requested``: what the programs ask for together.
+        served: as the system runs, for the nominal constants and then for every corner of their ranges.
+        serial: every launch behind the base layer's product.
+    """
 
-
-KNOWN = {80: Architecture(108, shared=163 * 1024), 90: Architecture(132), 100: Architecture(148)}
-
-
-def ours(problem: Problem, capability: int) -> None:
-    """Launch shrink and expand."""
-    shape, tokens = problem.case.shape(), problem.case.tokens
-    configurations = load_configurations(capability)
-    tables = SliceTables.allocate(problem.num_slots, problem.rank, problem.rank * len(shape.outputs), META)
-    segments = SegmentTable(tokens, problem.num_slots, configurations.block_tokens(decode=True), META)
-    elements = problem.a_NSRI[0, 0].numel() + problem.b_NSOr[0, 0].numel()
-    slots_SE = torch.empty(problem.num_slots, elements, dtype=problem.x_TI.dtype, device=META)
-    factors = LayerFactors(slots_SE, slots_SE, [()] * problem.num_slots)
-    scratch = Scratch.for_segments(segments, configurations, tables.h_size, META)
-    configuration = configurations.choose(shape_of(problem.x_TI, shape.total_outputs, tables, segments))
-    h_TR = scratch.h_TR(tokens, tables.h_size)
-    shrink_launch(h_TR, problem.x_TI, factors, tables, segments, scratch.partial, configuration).run()
-    expand_launch(problem.y_TO, h_TR, slots_SE, tables.expand, segments, configuration).run()
+    system: str
+    case: Case
+    overlap: bool
+    kernels: tuple[dict[str, str | int | float], ...]
+    needed: int
+    requested: int
+    served: tuple[float, ...]
+    serial: float
 
 
-def csgmv(problem: Problem, capability: int) -> None:
-    """Launch SGLang's csgmv with its default blocks; its own host code asks the GPU for its name to find tuned ones."""
-    info, starts = batch_info(problem, CHUNK_SIZE), tuple(problem.output_starts)
-    x_TI, a_SRI, b_SOr = problem.x_TI, problem.a_NSRI[0], problem.b_NSOr[0]
-    (_, rows, inputs), (_, outputs, rank), slices = a_SRI.shape, b_SOr.shape, len(starts) - 1
-    h_TR = torch.empty(len(x_TI), rows, dtype=x_TI.dtype, device=META)
-    batch = info.seg_indptr, info.weight_indices, info.lora_ranks, info.permutation, info.num_segments
-    _chunked_lora_shrink_kernel[(-(-rows // DEFAULT_SHRINK_CONFIG["BLOCK_N"]), info.num_segments)](
-        x_TI, a_SRI, h_TR, *batch,
-        N=rows, K=inputs, NUM_SLICES=slices, BLOCK_M=CHUNK_SIZE, **DEFAULT_SHRINK_CONFIG,
-    )  # fmt: skip
-    tiles = sum(-(-(stop - start) // DEFAULT_EXPAND_CONFIG["BLOCK_N"]) for start, stop in pairwise(starts))
-    _chunked_lora_expand_kernel[(tiles, info.num_segments)](
-        h_TR, b_SOr, problem.y_TO, *problem.y_TO.stride(), *batch, info.scalings, torch.empty(4, device=META).int(),
-        NUM_SLICES=slices, OUTPUT_DIM=outputs, MAX_RANK=rank, BLOCK_M=CHUNK_SIZE, SLICE_OFFSETS=starts,
-        **DEFAULT_EXPAND_CONFIG,
-    )  # fmt: skip
+@dataclass(frozen=True)
+class _Job:
+    capability: int
+    systems: tuple[str, ...]
+    cases: tuple[Case, ...]
 
 
-def triton_v2(problem: Problem, capability: int) -> None:
-    """Launch SGLang's triton_v2 by the plan of its runner; where that is one cuBLAS product with A, only B is here."""
-    architecture = "sm90" if capability // 10 == 9 else "sm100" if capability >= 100 else "default"
-    runner, plan, offsets = triton_v2_runner(problem, architecture)
-    bridge = runner.run_a(problem.x_TI, problem.a_NSRI[0], stack=len(offsets) - 1, plan=plan)
-    # Its own `slice_geometry` wants a GPU for the table of offsets.
-    block, widths = plan.b_tiles["BLOCK_SIZE_N"], [stop - start for start, stop in pairwise(offsets)]
-    uniform = widths[0] if len(set(widths)) == 1 else 0
-    table = torch.empty(16, dtype=torch.int32, device=META)
-    geometry = SliceGeometry(
-        table[: len(offsets)], table[8:], len(widths), sum(-(-width // block) for width in widths), uniform,
-        uniform, all(width % block == 0 for width in widths), block,
-    )  # fmt: skip
-    common = {"geometry": geometry, "config": plan.b_tiles, "add_inplace": True, "zero_sentinel": False}
-    common |= {"lora_ranks": runner.lora_ranks, "scalings": runner.scalings, "planes": bridge.planes}
-    if plan.b_family is BFamily.GROUPED:
-        route = runner.route(plan.block_size)
-        grouped_lora_b(bridge.tensor, problem.b_NSOr[0], problem.y_TO, route, **common)
-    else:
-        common["slot_planes"] = bridge.slot_planes
-        per_row_lora_b(bridge.tensor, problem.b_NSOr[0], problem.y_TO, runner.raw_route(), **common)
+def sweep(models: Iterable[str], phases: Sequence[Phase], ranks: Iterable[int]) -> Iterator[Case]:
+    """All cases, those of one layer and rank one after the other: their kernels are compiled once."""
+    decode = [(tokens, adapters) for tokens in DECODE_TOKENS for adapters in DECODE_ADAPTERS if adapters <= tokens]
+    batches = {"decode": decode, "prefill": list(PREFILLS)}
+    for rank, model, layer, phase in itertools.product(ranks, models, LAYERS, phases):
+        for tokens, adapters in batches[phase]:
+            yield Case(model, TP, layer, phase, tokens, adapters, "uniform", rank)
 
 
-SYSTEMS: Mapping[str, Callable[[Problem, int], None]] = {"bdlora": ours, "csgmv": csgmv, "triton_v2": triton_v2}
+def read_all(
+    cases: Iterable[Case], capability: int, systems: Sequence[str] = (*SYSTEM_NAMES, MATCHED)
+) -> Iterator[tuple[int, list[Row]]]:
+    """The rows of all cases as they come, each time with the number of cases that are done."""
+    groups = itertools.groupby(cases, key=lambda case: (case.rank, case.model, case.layer, case.tp))
+    jobs = [_Job(capability, tuple(systems), tuple(group)) for _, group in groups]
+    workers = min(len(jobs), len(os.sched_getaffinity(0)))
+    if workers <= 1:
+        yield from ((len(job.cases), _read(job)) for job in jobs)
+        return
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from ((len(job.cases), rows) for job, rows in zip(jobs, pool.map(_read, jobs), strict=True))
 
 
-def meta_problem(case: Case, rank: int) -> Problem:
-    """A problem without memory."""
-    shape = case.shape()
+def _read(job: _Job) -> list[Row]:
+    return [read(system, case, job.capability) for case in job.cases for system in job.systems]
 
-    def empty(*size: int) -> torch.Tensor:
-        return torch.empty(size, dtype=getattr(torch, case.dtype), device=META)
 
-    return Problem(
+def read(system: str, case: Case, capability: int) -> Row:
+    """What a system launches at a case, and how long the model says that it takes."""
+    # Imports SGLang, which takes seconds: only where something is compiled.
+    from bdlora_perf.kernels.absent_systems import launches
+    from bdlora_perf.kernels.static_work import all_slots_work, work_of
+
+    served = replace(case, rank=MATCHED_FACTOR * case.rank) if system == MATCHED else case
+    made = launches("triton_v2" if system == MATCHED else system, served, capability)
+    architecture, shape = KNOWN[capability], case.shape()
+    launched = (*made.beside, *made.after)
+    parts = [(work_of(one, served, before), one) for before, one in zip((None, *launched), launched, strict=False)]
+    works: list[tuple[Work, MachineCode | None, int]] = [(work, one.code, one.programs) for work, one in parts]
+    if made.all_slots:
+        works.insert(0, (all_slots_work(served), None, 1))
+    weights = 2 * shape.inputs * shape.total_outputs
+
+    def times(constants: Constants, beside: bool) -> list[float]:
+        """Tables and h have been in the cache since before the product, for the first launch behind it."""
+        flushed = weights > architecture.l2_bytes
+        behind = 1 if beside else 0
+        return [
+            launch_time(*work, architecture, constants, cold=flushed and i == behind).us for i, work in enumerate(works)
+        ]
+
+    def total(constants: Constants) -> float:
+        if not made.overlap:
+            return serial(times(constants, False), constants)
+        first, *rest = times(constants, True)
+        base = base_time(shape.inputs, shape.total_outputs, case.tokens, architecture, constants)
+        return overlapped(first, works[0][0].memory_bytes, rest, base, architecture, constants)
+
+    return Row(
+        system=system,
         case=case,
-        rank=rank,
-        slots_T=case.slots(),
-        x_TI=empty(case.tokens, shape.inputs),
-        y_TO=empty(case.tokens, shape.total_outputs),
-        a_NSRI=empty(1, case.adapters, rank * len(shape.outputs), shape.inputs),
-        b_NSOr=empty(1, case.adapters, shape.total_outputs, rank),
+        overlap=made.overlap,
+        kernels=tuple(_describe(*work, architecture) for work in works),
+        needed=served.floor_bytes(),
+        requested=round(sum(work.requested_bytes for work, _, _ in works)),
+        served=tuple(round(total(constants), 3) for constants in corners()),
+        serial=round(serial(times(CONSTANTS, False), CONSTANTS), 3),
     )
 
 
-def describe(launched: Launched, architecture: Architecture) -> dict[str, object]:
-    """A launch, how many of its programs a multiprocessor holds, and in how many waves they run."""
-    code = launched.code
-    # Registers are given out by 8 a thread, shared memory with 1 KiB a program that the system keeps.
-    by_registers = architecture.registers // (-(-code.registers // 8) * 8 * 32 * code.warps)
-    by_shared = architecture.shared // (code.shared + 1024)
-    resident = min(by_registers, by_shared, architecture.warps // code.warps, architecture.programs)
+def _describe(
+    work: Work, code: MachineCode | None, grid: int, architecture: Architecture
+) -> dict[str, str | int | float]:
+    found = launch_time(work, code, grid, architecture, CONSTANTS)
+    common: dict[str, str | int | float] = {"loads": work.chain.loads, "us": round(found.us, 2), "bound": found.bound}
+    if code is None:
+        unknown = dict.fromkeys(("programs", "registers", "spills", "shared", "resident", "waves"), 0)
+        return {"kernel": "cuBLAS", **unknown, **common}
     return {
         "kernel": code.name,
-        "programs": launched.programs,
-        "warps": code.warps,
+        "programs": work.programs,
         "registers": code.registers,
-        "spilled_bytes": code.stack,
-        "shared_bytes": code.shared,
-        "resident": resident,
-        "waves": round(launched.programs / (resident * architecture.multiprocessors), 2),
+        "spills": code.stack,
+        "shared": code.shared,
+        "resident": architecture.resident(code),
+        "waves": round(found.waves, 2),
+        **common,
     }
-
-
-def decode_cases(model: str, rank: int) -> Iterable[Case]:
-    for tokens, adapters in ((1, 1), (8, 8), (32, 8), (32, 32), (64, 32), (256, 8), (256, 32)):
-        for layer in LAYERS:
-            yield Case(model, 8, layer, "decode", tokens, adapters, "uniform", rank)
-
-
-def read_all(capability: int, rank: int) -> list[dict[str, object]]:
-    """Every launch of every system in decode, on the same factors."""
-    rows: list[dict[str, object]] = []
-    for case in decode_cases(next(iter(MODELS)), rank):
-        for name, launch in SYSTEMS.items():
-            with absent_gpu(capability) as launches:
-                launch(meta_problem(case, rank), capability)
-            # The route of a batch is made once for all layers.
-            mine = [launched for launched in launches if "route" not in launched.code.name]
-            rows += [
-                {**{field: asdict(case)[field] for field in ("layer", "tokens", "adapters", "rank")}, "system": name}
-                | describe(launched, KNOWN[capability])
-                for launched in mine
-            ]
-    return rows
-
-
-def markdown(rows: list[dict[str, object]], title: str) -> str:
-    names = list(rows[0])
-    lines = [f"# {title}", "", "| " + " | ".join(names) + " |", "| " + " | ".join("---" for _ in names) + " |"]
-    lines += ["| " + " | ".join(str(row[name]) for name in names) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--capability", type=int, choices=ARCHITECTURES, default=90)
-    parser.add_argument("--rank", type=int, default=8, help="local rank")
-    parser.add_argument("--output", type=Path, required=True, help="folder for report.json and report.md")
-    arguments = parser.parse_args()
-    rows = read_all(arguments.capability, arguments.rank)
-    title = f"Machine code for sm_{arguments.capability}, Triton {triton.__version__}: nothing is timed"
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    for name, text in (
-        ("report.json", json.dumps({"title": title, "rows": rows}, indent=1) + "\n"),
-        ("report.md", markdown(rows, title)),
-    ):
-        temporary = arguments.output / f".{name}.{os.getpid()}"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, arguments.output / name)
-
-
-if __name__ == "__main__":
-    main()

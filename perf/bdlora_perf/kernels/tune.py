@@ -72,12 +72,15 @@ def _seconds(problem: Problem, prepare: Callable[[], Call]) -> float:
 
 
 def with_base(problem: Problem, configuration: Configuration) -> Configuration:
-    """The configuration with the shrink beside the base layer's product or after it, whichever is faster with it."""
-    beside, after = (replace(configuration, overlap=overlap, pdl=False) for overlap in (True, False))
-    faster = _seconds(problem, partial(prepare_with_base, problem, beside)) < _MARGIN * _seconds(
-        problem, partial(prepare_with_base, problem, after)
-    )
-    return beside if faster else replace(after, pdl=configuration.pdl)
+    """The configuration with the shrink beside the base layer's product, B fetched there or not, or after it."""
+    beside, after = (replace(configuration, overlap=overlap, prefetch_b=False, pdl=False) for overlap in (True, False))
+    best, *others = after, beside, replace(beside, prefetch_b=True)
+    seconds = _seconds(problem, partial(prepare_with_base, problem, best))
+    for candidate in others:
+        found = _seconds(problem, partial(prepare_with_base, problem, candidate))
+        if found < _MARGIN * seconds:
+            best, seconds = candidate, found
+    return best if best.overlap else replace(after, pdl=configuration.pdl)
 
 
 def tune(problem: Problem, configuration: Configuration, deadline: float) -> tuple[Configuration, float, float]:

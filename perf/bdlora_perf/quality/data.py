@@ -11,9 +11,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bdlora_sglang.errors import BDLoRAError
 
-_IGNORED = -100  # what cross entropy leaves out
+IGNORED = -100  # what cross entropy leaves out
 # The split is the same for every seed: seeds differ in initial values and in the order of the examples.
 _SPLIT_SEED = 0
+_POOL = 8
 
 
 class _Line(BaseModel):
@@ -126,7 +127,7 @@ def make_batch(examples: Sequence[Example], padding: int, device: torch.device) 
     longest = max(len(example.ids) for example in examples)
     ids = torch.full((len(examples), longest), padding)
     mask = torch.zeros_like(ids)
-    labels = torch.full_like(ids, _IGNORED)
+    labels = torch.full_like(ids, IGNORED)
     for i, example in enumerate(examples):
         row = torch.tensor(example.ids)
         ids[i, : len(row)], mask[i, : len(row)] = row, 1
@@ -135,14 +136,21 @@ def make_batch(examples: Sequence[Example], padding: int, device: torch.device) 
 
 
 def training_batches(examples: Sequence[Example], size: int, seed: int) -> Iterator[list[Example]]:
-    """Batches without end: the examples in a new order each time they are through."""
+    """Batches without end: the examples in a new order each time they are through.
+
+    Of `_POOL` batches' examples, those of like length share a batch, which leaves little padding; examples of one
+    length keep their order.
+    """
     generator = torch.Generator().manual_seed(seed)
     pending: list[int] = []
     while True:
-        while len(pending) < size:
+        while len(pending) < size * _POOL:
             pending += torch.randperm(len(examples), generator=generator).tolist()
-        yield [examples[i] for i in pending[:size]]
-        pending = pending[size:]
+        pool, pending = pending[: size * _POOL], pending[size * _POOL :]
+        by_length = sorted(range(len(pool)), key=lambda place: len(examples[pool[place]].ids))
+        batches = (by_length[start : start + size] for start in range(0, len(pool), size))
+        for places in sorted(batches, key=min):
+            yield [examples[pool[place]] for place in places]
 
 
 def calibration_text(task: Task, tokenizer: Any, tokens: int) -> str:

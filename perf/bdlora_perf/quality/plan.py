@@ -13,6 +13,7 @@ from bdlora_perf.quality.data import digest, task_name
 from bdlora_perf.quality.init import INITS, Init
 from bdlora_perf.quality.systems import CONVERSIONS, METHODS, TARGETS, Method
 from bdlora_perf.report.schema import write_atomically
+from bdlora_sglang.convert.options import DTYPES
 from bdlora_sglang.errors import BDLoRAError
 
 PLAN_FILE = "plan.json"
@@ -22,6 +23,7 @@ class Plan(BaseModel):
     """Everything that decides the figures. Files are known by their SHA-256: folders may differ between machines.
 
     ``scaling`` is ``lora_alpha / r`` of every adapter, ``heal_steps`` the further fine-tune of a conversion.
+    ``dtype`` is the frozen base model's; adapters are float32.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -36,6 +38,7 @@ class Plan(BaseModel):
     inits: tuple[Init, ...]
     seeds: tuple[int, ...]
     learning_rates: tuple[float, ...]
+    heal_learning_rates: tuple[float, ...]
     target_modules: str
     scaling: float
     steps: int
@@ -101,7 +104,7 @@ def _flag(name: str) -> str:
 
 
 def _check(plan: Plan) -> None:
-    for name in ("ranks", "blocks", "multiples", "seeds", "learning_rates", "inits", "methods"):
+    for name in ("ranks", "blocks", "multiples", "seeds", "learning_rates", "heal_learning_rates", "inits", "methods"):
         values = getattr(plan, name)
         if not values or len(set(values)) < len(values):
             raise BDLoRAError(f"{_flag(name)}: found {values}, expected different values, one at least")
@@ -111,6 +114,8 @@ def _check(plan: Plan) -> None:
         raise BDLoRAError(f"--methods: found {', '.join(plan.methods)}, expected lora: it is what others are beside")
     if plan.target_modules not in TARGETS:
         raise BDLoRAError(f"--target-modules: found {plan.target_modules!r}, expected {' or '.join(TARGETS)}")
+    if plan.dtype not in DTYPES:
+        raise BDLoRAError(f"--dtype: found {plan.dtype!r}, expected one of {', '.join(DTYPES)}")
     if set(plan.methods) & {"bd", *CONVERSIONS} and min(plan.blocks) < 2:
         raise BDLoRAError(f"--blocks: found {min(plan.blocks)}, expected at least 2 (one block is a plain LoRA)")
 

@@ -25,6 +25,7 @@ _ACCURACY = (
     "Accuracy of a task with completions: the part of them that greedy decoding reproduces to the last token; of a "
     "text, and by token: the part of target tokens that are the likeliest after those before."
 )
+_GO_ON = "The same command with --resume goes on."
 _PAPER = (
     "The paper's figures for Llama-3.1-8B with 8 blocks, read off its plot within 0.0002 and not measured here. LoRA r "
     "16/32/64/128/256: perplexity 2.3155/2.3094/2.3030/2.2967/2.2905, GLUE .7582/.7587/.7601/.7628/.7639. BD-LoRA of "
@@ -41,7 +42,8 @@ def make_report(sweep: Sweep, measured: Run) -> Report:
     plan = sweep.plan
     speed_note = _speeds(sweep)[1]
     expected = sum(len(system.shapes) for system in sweep.systems) * len(sweep.tasks) * len(plan.seeds)
-    notes = [*measured.broken_off(expected), _ACCURACY, *_base_notes(sweep), speed_note, _PAPER, _PEFT]
+    broken_off = [*measured.broken_off(expected), _GO_ON] if measured.interrupted else []
+    notes = [*broken_off, _ACCURACY, *_base_notes(sweep), speed_note, _PAPER, _PEFT]
     if not measured.interrupted and len(measured.samples) < expected:
         notes.insert(0, f"{len(measured.samples)} of {expected} figures are finished; the others are missing here.")
     present = {name for sample in measured.samples for name in sample.metrics}
@@ -132,7 +134,9 @@ def _details(sweep: Sweep, system: System) -> dict[str, Value]:
 
 def _settings(sweep: Sweep) -> dict[str, Value]:
     plan = sweep.plan
-    rates = ", ".join(f"{rate:g}" for rate in plan.learning_rates)
+    rates, heal_rates = (
+        ", ".join(f"{rate:g}" for rate in rates) for rates in (plan.learning_rates, plan.heal_learning_rates)
+    )
     size = sweep.trainer.base.num_parameters()
     tasks: dict[str, Value] = {
         f"task {name}": f"{len(task.train)} examples to train on, SHA-256 {plan.tasks[name][:12]}"
@@ -144,6 +148,7 @@ def _settings(sweep: Sweep) -> dict[str, Value]:
         "held-out examples": f"{plan.validation_examples} to choose the learning rate, {plan.test_examples} reported",
         "seeds": ", ".join(map(str, plan.seeds)),
         "learning rates": f"{rates}; each method's best for the first seed",
+        "learning rates of healing": heal_rates,
         "optimizer": "AdamW, warm-up of a tenth, then linear to zero",
         "steps": plan.steps,
         "steps of healing": plan.heal_steps,
@@ -153,6 +158,6 @@ def _settings(sweep: Sweep) -> dict[str, Value]:
         "lora_alpha / r": plan.scaling,
         "initial values": plan.inits[0],
         "calibration": f"{plan.calibration_tokens} tokens of the training split",
-        "dtype": plan.dtype,
+        "dtype of the frozen base": plan.dtype,
         "device": sweep.options.device,
     }

@@ -1,26 +1,19 @@
-"""The study's own base model and tasks, made of what comes with Python: ``python -m bdlora_perf.quality.small_study``.
+"""A study's own base model, and tasks for it: ``python -m bdlora_perf.quality.small_study FOLDER``.
 
 The model is a Llama of 1.4 million parameters with a tokenizer of its own, trained from nothing on the docstrings of
-the standard library. The tasks are far from that: ``code`` (continue the library's source), ``category`` (from a
-character's Unicode name to its general category) and ``json`` (write given fields as JSON). Another version of Python
-has other docstrings, and so gives another model.
+the standard library. Another version of Python has other docstrings, and so gives another model.
 """
 
 import argparse
-import ast
-import json
-import random
-import sys
-import sysconfig
-import unicodedata
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from bdlora_perf.quality.data import Example, make_batch, training_batches
+from bdlora_perf.quality.library_tasks import Library, write_tasks
+from bdlora_perf.quality.train import descend
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -39,64 +32,17 @@ SHAPE: dict[str, Any] = {
 }
 _EOS = "<|end|>"
 _SEQUENCE, _BATCH, _LEARNING_RATE = 64, 32, 3e-3
-_LEFT_OUT = ("test", "tests", "site-packages", "idlelib", "lib2to3", "pydoc_data", "__pycache__")
-_CODE_CHARACTERS = 400_000
-_MOST_OF_A_CATEGORY = 300
-_FIELDS = {
-    "name": ("Anna", "Ben", "Carla", "David", "Emma", "Frank", "Greta", "Henry"),
-    "city": ("Rome", "Paris", "Oslo", "Lima", "Cairo", "Delhi", "Tokyo", "Quito"),
-    "color": ("red", "green", "blue", "black", "white", "yellow"),
-    "file": ("config", "index", "module", "source", "test", "data"),
-}
-_NUMBERS = ("age", "size", "count")
-_JSON_EXAMPLES = 3000
 
 
 def make_study(folder: Path, steps: int, seed: int) -> None:
     """Write ``model/`` and ``tasks/`` into ``folder``."""
-    trees = [tree for path in library_files() if (tree := _parse(path)) is not None]
-    docstrings = [text for tree in trees for text in _docstrings(tree)]
+    library = Library.standard()
+    docstrings = library.docstrings()
     tokenizer = _train_tokenizer("\n\n".join(docstrings))
-    tasks = folder / "tasks"
-    tasks.mkdir(parents=True, exist_ok=True)
-    code = "\n\n".join(map(_without_docstrings, trees))[:_CODE_CHARACTERS]
-    (tasks / "code.txt").write_text(code, encoding="utf-8")
-    _write_pairs(tasks / "category.jsonl", _category_pairs(tokenizer, seed))
-    _write_pairs(tasks / "json.jsonl", _json_pairs(seed))
+    write_tasks(folder / "tasks", library, tokenizer, seed)
     model = _pretrain(tokenizer, docstrings, steps, seed)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-
-
-def library_files() -> list[Path]:
-    """The source files of the standard library, in a fixed order."""
-    root = Path(sysconfig.get_path("stdlib"))
-    found = (path for path in root.rglob("*.py") if not set(path.relative_to(root).parts) & set(_LEFT_OUT))
-    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
-
-
-def _parse(path: Path) -> ast.Module | None:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return ast.parse(path.read_text(encoding="utf-8"))
-    except (SyntaxError, UnicodeDecodeError):
-        return None  # a template, or a file of another encoding
-
-
-def _documented(tree: ast.Module) -> Iterator[Any]:
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    return (node for node in ast.walk(tree) if isinstance(node, kinds) and ast.get_docstring(node))
-
-
-def _docstrings(tree: ast.Module) -> Iterator[str]:
-    return (ast.get_docstring(node) or "" for node in _documented(tree))
-
-
-def _without_docstrings(tree: ast.Module) -> str:
-    for node in _documented(tree):
-        node.body = node.body[1:] or [ast.Pass()]
-    return ast.unparse(tree)
 
 
 def _train_tokenizer(text: str) -> "PreTrainedTokenizerFast":
@@ -129,52 +75,12 @@ def _pretrain(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str], steps:
     print(f"{len(ids):,} tokens, {model.num_parameters():,} parameters", flush=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=steps + 1, pct_start=0.1)
-    batches = training_batches(pieces, _BATCH, seed)
-    for step in range(1, steps + 1):
-        batch = make_batch(next(batches), end, torch.device("cpu"))
-        loss = model(input_ids=batch.ids, attention_mask=batch.mask, labels=batch.labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
+    device = torch.device("cpu")
+    batches = (make_batch(examples, end, device) for examples in training_batches(pieces, _BATCH, seed))
+    for step, loss in enumerate(descend(model, batches, steps, optimizer, schedule), 1):
         if step % 50 == 0:
             print(f"step {step}: loss {loss.item():.3f}", flush=True)
     return model
-
-
-def _category_pairs(tokenizer: Any, seed: int) -> list[tuple[str, str]]:
-    """Balanced to a degree: the largest categories are cut."""
-    by_category: dict[str, list[str]] = {}
-    for code in range(sys.maxunicode + 1):
-        name = unicodedata.name(chr(code), "").lower()
-        if name and len(tokenizer(name)["input_ids"]) <= 24:
-            by_category.setdefault(unicodedata.category(chr(code)), []).append(name)
-    draw = random.Random(seed)
-    pairs = [
-        (f"{name} =", f" {category}")
-        for category, names in sorted(by_category.items())
-        if len(names) >= 50
-        for name in draw.sample(names, min(len(names), _MOST_OF_A_CATEGORY))
-    ]
-    draw.shuffle(pairs)
-    return pairs
-
-
-def _json_pairs(seed: int) -> list[tuple[str, str]]:
-    draw = random.Random(seed)
-    pairs = []
-    for _ in range(_JSON_EXAMPLES):
-        names = draw.sample((*_FIELDS, *_NUMBERS), 2)
-        values = {name: draw.randrange(100) if name in _NUMBERS else draw.choice(_FIELDS[name]) for name in names}
-        given = ", ".join(f"{name} is {value}" for name, value in values.items())
-        pairs.append((f"{given}:", f" {json.dumps(values)}"))
-    return list(dict.fromkeys(pairs))
-
-
-def _write_pairs(path: Path, pairs: list[tuple[str, str]]) -> None:
-    lines = (json.dumps({"prompt": prompt, "completion": completion}) for prompt, completion in pairs)
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ class Sweep:
         """With the learning rate that was best on the validation split for the first seed; None while that is open."""
         if cell.method in _UNTRAINED:
             return Trial(cell, seed, 0.0)
-        rates = self.plan.learning_rates
+        rates = self._rates(cell)
         if len(rates) == 1:
             return Trial(cell, seed, rates[0])
         first = self.plan.seeds[0]
@@ -112,9 +112,12 @@ class Sweep:
             losses[rate] = result.validation_loss
         return Trial(cell, seed, min(losses, key=lambda rate: (losses[rate], rate)))
 
+    def _rates(self, cell: Cell) -> tuple[float, ...]:
+        return self.plan.heal_learning_rates if cell.method == "healed" else self.plan.learning_rates
+
     def _first_runs(self, cell: Cell) -> list[Trial]:
         """Those of the first seed: every learning rate."""
-        rates = (0.0,) if cell.method in _UNTRAINED else self.plan.learning_rates
+        rates = (0.0,) if cell.method in _UNTRAINED else self._rates(cell)
         return [Trial(cell, self.plan.seeds[0], rate) for rate in rates]
 
     def _train(self, run: Trial) -> RunResult:

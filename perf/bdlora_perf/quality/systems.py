@@ -7,16 +7,14 @@ from typing import Literal, get_args
 import torch
 
 from bdlora_perf.quality.init import Init
+from bdlora_perf.synthetic.adapters import ALL_MODULES, ATTENTION_MODULES
 from bdlora_sglang.convert.sides import TPSide, known_side
 from bdlora_sglang.errors import BDLoRAError
 
 Method = Literal["lora", "bd", "truncated", "calibrated", "healed"]
 METHODS: tuple[Method, ...] = get_args(Method)
 CONVERSIONS: tuple[Method, ...] = ("truncated", "calibrated", "healed")
-TARGETS = {
-    "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
-    "all": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-}
+TARGETS = {"attention": ATTENTION_MODULES, "all": ALL_MODULES}
 # Further apart, two sizes are not called equal. The paper's pairs are 0.86 and 0.87 apart in their parameters.
 _EQUAL = (0.8, 1.25)
 

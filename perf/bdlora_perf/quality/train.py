@@ -1,19 +1,20 @@
 """Fine-tuning an adapter with PEFT, and what it then makes of held-out examples."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.nn.functional import cross_entropy
 
-from bdlora_perf.quality.data import Example, Task, make_batch, training_batches
+from bdlora_perf.quality.data import IGNORED, Batch, Example, Task, make_batch, training_batches
 from bdlora_perf.quality.init import Init, initialise_like_lora
 from bdlora_perf.quality.systems import TARGETS, AdapterShape
+from bdlora_perf.synthetic.adapters import lora_config
 from bdlora_sglang.convert.options import DTYPES
-from bdlora_sglang.convert.sides import SIDES, TPSide
 from bdlora_sglang.errors import BDLoRAError
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 # Usual for LoRA: a short linear warm-up, then down to zero along a line; no weight decay.
 _WARM_UP = 0.1
 _LARGEST_GRADIENT = 1.0
+_EVALUATED = 4  # batches at once: without gradients there is room for them
 
 
 @dataclass(frozen=True)
@@ -70,14 +72,19 @@ class Trainer:
         """A fresh adapter on a copy of the base model."""
         from peft import get_peft_model
 
-        config = lora_config(shape, self.target, self.scaling)
-        return initialise_like_lora(get_peft_model(deepcopy(self.base), config), seed, init)
+        nblocks = None if shape.nblocks == 1 else shape.nblocks
+        config = lora_config(shape.rank, nblocks, TARGETS[self.target], lora_alpha=self.scaling * shape.rank)
+        return initialise_like_lora(get_peft_model(self._copy(), config), seed, init)
 
     def read_adapter(self, folder: Path, trainable: bool = False) -> "PeftModel":
         """PEFT's own reading of a saved adapter, on a copy of the base model."""
         from peft import PeftModel
 
-        return PeftModel.from_pretrained(deepcopy(self.base), str(folder), is_trainable=trainable)
+        return PeftModel.from_pretrained(self._copy(), str(folder), is_trainable=trainable)
+
+    def _copy(self) -> Any:
+        """The base model's modules anew, for PEFT changes them; its weights, which are frozen, are shared."""
+        return deepcopy(self.base, {id(weight): weight for weight in self.base.parameters()})
 
     def train(self, model: "PeftModel", examples: Sequence[Example], steps: int, rate: float, seed: int) -> list[float]:
         """Change the adapter in place; returns the loss of every step. ``seed`` decides the order of the examples."""
@@ -87,59 +94,67 @@ class Trainer:
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min((step + 1) / warm, (steps - step) / max(1, steps - warm))
         )
-        batches = training_batches(examples, self.batch_size, seed)
-        model.train()
-        losses = []
-        for _ in range(steps):
-            batch = make_batch(next(batches), self.tokenizer.eos_token_id, self.device)
-            logits = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
-            loss = cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch.labels[:, 1:].flatten())
-            loss.backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(parameters, _LARGEST_GRADIENT)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            losses.append(loss.item())
-        return losses
+        batches = (self._batch(chosen) for chosen in training_batches(examples, self.batch_size, seed))
+        losses = list(descend(model, batches, steps, optimizer, schedule))
+        return torch.stack(losses).tolist()  # at the end: on a GPU each value that is read is waited for
 
     def evaluate(self, model: Any, task: Task, examples: Sequence[Example]) -> Evaluation:
         """One forward over the examples. A loss that is no number is infinitely bad: training diverged."""
         model.eval()
         loss, tokens, hits, exact = 0.0, 0, 0, 0
+        by_length = sorted(examples, key=lambda example: len(example.ids))  # little padding
+        size = self.batch_size * _EVALUATED
         with torch.inference_mode():
-            for start in range(0, len(examples), self.batch_size):
-                batch = make_batch(examples[start : start + self.batch_size], self.tokenizer.eos_token_id, self.device)
-                logits = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits[:, :-1].float()
-                labels = batch.labels[:, 1:]
-                wanted = labels >= 0
-                loss += float(cross_entropy(logits.transpose(1, 2), labels, reduction="sum"))
+            for start in range(0, len(examples), size):
+                logits, targets = target_logits(model, self._batch(by_length[start : start + size]))
+                wanted = targets != IGNORED
+                loss += float(cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"))
                 tokens += int(wanted.sum())
-                is_hit = logits.argmax(-1) == labels
+                is_hit = logits.argmax(-1) == targets
                 hits += int((is_hit & wanted).sum())
                 # Greedy decoding gives the completion just when each of its tokens is the likeliest after those before.
                 exact += int((is_hit | ~wanted).all(-1).sum())
         token_accuracy = hits / tokens
         return Evaluation(loss / tokens, exact / len(examples) if task.exact else token_accuracy, token_accuracy)
 
+    def _batch(self, examples: Sequence[Example]) -> Batch:
+        return make_batch(examples, self.tokenizer.eos_token_id, self.device)
 
-def lora_config(shape: AdapterShape, target: str, scaling: float) -> Any:
-    """PEFT's config; BD-LoRA's sides are those of `bdlora convert`."""
-    from peft import LoraConfig
-    from peft.tuners.lora.config import BdLoraConfig
 
-    modules = TARGETS[target]
-    blocks = None
-    if shape.nblocks > 1:
-        row, column = ([m for m in modules if SIDES[m] is side] for side in (TPSide.ROW, TPSide.COLUMN))
-        blocks = BdLoraConfig(target_modules_bd_a=row, target_modules_bd_b=column, nblocks=shape.nblocks)
-    alpha = scaling * shape.rank
-    return LoraConfig(
-        r=shape.rank,
-        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
-        target_modules=list(modules),
-        use_bdlora=blocks,
-        task_type="CAUSAL_LM",
-    )
+def target_logits(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the model says of the targets, and the targets.
+
+    The output head, a fifth of a small model's work, is left out where no example of the batch has a target.
+
+    Returns:
+        Logits (examples, columns, vocabulary) in float32, and the token ids (examples, columns) that they are to
+        predict, `IGNORED` where an example has no target.
+    """
+    labels = batch.labels[:, 1:]
+    columns = (labels != IGNORED).any(0).nonzero().squeeze(1)
+    output = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False, logits_to_keep=columns)
+    return output.logits.float(), labels[:, columns]
+
+
+def descend(
+    model: torch.nn.Module,
+    batches: Iterator[Batch],
+    steps: int,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+) -> Iterator[torch.Tensor]:
+    """Train what is trainable, one step a batch; yields the loss before each step, nats a target token."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.train()
+    for batch in islice(batches, steps):
+        logits, targets = target_logits(model, batch)
+        loss = cross_entropy(logits.flatten(0, 1), targets.flatten())
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(trainable, _LARGEST_GRADIENT)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        yield loss.detach()
 
 
 def count_parameters(model: "PeftModel") -> int:

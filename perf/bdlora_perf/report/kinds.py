@@ -21,7 +21,7 @@ class Layout:
     """``headlines`` are the metrics that speed-ups are worked out for, by ``grouped_by``, beside the overall mean.
 
     A plot whose metrics were not measured is left out. ``paired`` are the metrics whose differences to the baselines
-    are tested.
+    are tested, and their means by ``grouped_by``.
     """
 
     headlines: tuple[str, ...]
@@ -66,6 +66,14 @@ LAYOUTS: Mapping[Kind, Layout] = {
         Lines("ceiling", "share_of_ceiling", ("tokens",), _KERNEL_PANELS),
         panels=("model", "tp"),
     ),
+    "kernels-static": _layout(
+        ("time_us", "serial_us"),
+        ("phase", "rank"),
+        Lines("time", "time_us", ("tokens",), ("model", "adapters", "rank"), log_y=True),
+        Lines("serial", "serial_us", ("tokens",), ("model", "adapters", "rank"), log_y=True),
+        Lines("by-rank", "time_us", ("rank",), ("model", "adapters"), log_y=True),
+        panels=("model",),
+    ),
     "estimate": _layout(("latency_ms", "output_throughput"), ("phase", "concurrency", "rank"), _BREAKDOWN, _MEMORY),
     "engine": _layout(
         ("decode_ms", "prefill_ms"),
@@ -84,7 +92,7 @@ LAYOUTS: Mapping[Kind, Layout] = {
     ),
     "quality": Layout(
         headlines=(),
-        grouped_by=(),
+        grouped_by=("task",),
         plots=(
             _trade_off("perplexity", "Perplexity against parameters", "perplexity", "BD-LoRA"),
             _trade_off("accuracy", "Accuracy against parameters", "accuracy", "BD-LoRA"),

@@ -1,24 +1,37 @@
 """Differences to a baseline within rounds, with intervals and paired tests."""
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import pandas as pd
 from scipy import stats
 
-from bdlora_perf.report.frame import CONFIDENCE, Results, count_rounds, label_with_unit
+from bdlora_perf.report.frame import CONFIDENCE, Results, count_rounds, describe, label_with_unit
+from bdlora_perf.report.schema import Point
 from bdlora_perf.report.tables import Table, point_cells, point_columns
 
 _MISSING = "-"
+_TESTED = (
+    f"in brackets the {CONFIDENCE:.0%} interval of the paired difference (Student's t) and p of the paired t-test, "
+    "adjusted over the table's {over} (Benjamini and Hochberg). Means over points are those over the points that a "
+    "system shares with the baseline."
+)
+_Key = TypeVar("_Key")
 
 
-def paired_tables(results: Results, metrics: tuple[str, ...]) -> list[Table]:
-    """For each of ``metrics`` and baseline: system minus baseline at every point, and the mean over all of them."""
+def paired_tables(results: Results, metrics: tuple[str, ...], grouped_by: tuple[str, ...] = ()) -> list[Table]:
+    """For each of ``metrics`` and baseline: system minus baseline at every point, and the mean over all of them.
+
+    Before it, where there are several groups of points that agree on the dimensions ``grouped_by``: the means of each.
+    """
     return [
-        _table(results, metric, baseline, pairs)
+        table
         for metric in metrics
         if metric in results.metrics
         for baseline in results.report.baselines
         if len(pairs := paired_differences(results, metric, baseline))
+        for table in _tables(results, metric, baseline, pairs, grouped_by)
     ]
 
 
@@ -30,34 +43,74 @@ def paired_differences(results: Results, metric: str, baseline: str) -> pd.DataF
     return pairs.assign(difference=(pairs.value - pairs.value_of_baseline).astype(float))
 
 
-def _table(results: Results, metric: str, baseline: str, pairs: pd.DataFrame) -> Table:
-    systems = [name for name in results.systems if (pairs.system == name).any()]
-    names = [name for name in results.varying if pairs[name].notna().any()]
+def _tables(
+    results: Results, metric: str, baseline: str, pairs: pd.DataFrame, grouped_by: tuple[str, ...]
+) -> list[Table]:
+    labels = {name: results.report.systems[name].label for name in results.systems if (pairs.system == name).any()}
+    metric_label = label_with_unit(results.report.metrics[metric])
+    title = f"{metric_label}: difference to {results.report.systems[baseline].label}"
+    better = {"higher": "More than 0 is better. ", "lower": "Less than 0 is better. ", None: ""}
     by_point = {key: [*rows.difference] for key, rows in pairs.groupby(["point", "system"])}
-    overall = {name: _means(pairs[pairs.system == name]) for name in systems}
-    # One family of tests: every cell of the table but the means, which hold the same figures again.
-    p_values = {key: stats.ttest_1samp(values, 0).pvalue for key, values in by_point.items() if _varies(values)}
-    adjusted = dict(zip(p_values, stats.false_discovery_control([*p_values.values()]) if p_values else [], strict=True))
+    caption = f"{better[results.report.metrics[metric].better]}Means of {count_rounds(map(len, by_point.values()))}"
+    overall = {name: _means(pairs[pairs.system == name]) for name in labels}
+    points = sorted(set(pairs.point))
+    groups = results.groups(points, grouped_by)
+    tables = [_each_point(results, title, labels, points, by_point, overall, caption)]
+    if 1 < len(groups) < len(points):
+        tables.insert(0, _each_group(f"{title}, means over points", labels, groups, pairs, overall, caption))
+    return tables
+
+
+def _each_point(
+    results: Results,
+    title: str,
+    labels: Mapping[str, str],
+    points: Sequence[int],
+    by_point: Mapping[tuple[int, str], list[float]],
+    overall: Mapping[str, list[float]],
+    caption: str,
+) -> Table:
+    """One column a system, one row a point."""
+    names = [name for name in results.varying if any(name in results.points[number] for number in points)]
+    adjusted = _adjusted(by_point)
     rows = [
         (
             *point_cells(results.points[number], names),
-            *(_cell(by_point.get((number, name), []), adjusted.get((number, name))) for name in systems),
+            *(_cell(by_point.get((number, name), []), adjusted.get((number, name))) for name in labels),
         )
-        for number in sorted(set(pairs.point))
+        for number in points
     ]
     if len(rows) > 1:
-        cells = (_cell(v, stats.ttest_1samp(v, 0).pvalue if _varies(v) else None) for v in overall.values())
-        rows.append(("mean over all", *[""] * (len(names) - 1), *cells))
-    described = results.report.metrics[metric]
-    better = {"higher": "More than 0 is better. ", "lower": "Less than 0 is better. ", None: ""}[described.better]
-    caption = (
-        f"{better}Means of {count_rounds(map(len, by_point.values()))}; in brackets the {CONFIDENCE:.0%} interval of "
-        "the paired difference (Student's t) and p of the paired t-test, adjusted over the table's points (Benjamini "
-        "and Hochberg). Means over all are those over the points that a system shares with the baseline."
+        rows.append(("mean over all", *[""] * (len(names) - 1), *(_cell(v, _p_value(v)) for v in overall.values())))
+    columns = (*point_columns(names), *labels.values())
+    return Table(title, columns, tuple(rows), max(1, len(names)), f"{caption}; {_TESTED.format(over='points')}")
+
+
+def _each_group(
+    title: str,
+    labels: Mapping[str, str],
+    groups: Sequence[tuple[Point, list[int]]],
+    pairs: pd.DataFrame,
+    overall: Mapping[str, list[float]],
+    caption: str,
+) -> Table:
+    """One column a group of points, one row a system."""
+    means = {
+        (name, i): _means(pairs[(pairs.system == name) & pairs.point.isin(points)])
+        for name in labels
+        for i, (_, points) in enumerate(groups)
+    }
+    adjusted = _adjusted(means)
+    rows = tuple(
+        (
+            label,
+            *(_cell(means[name, i], adjusted.get((name, i))) for i in range(len(groups))),
+            _cell(overall[name], _p_value(overall[name])),
+        )
+        for name, label in labels.items()
     )
-    title = f"{label_with_unit(described)}: difference to {results.report.systems[baseline].label}"
-    columns = (*point_columns(names), *(results.report.systems[name].label for name in systems))
-    return Table(title, columns, tuple(rows), max(1, len(names)), caption)
+    columns = ("", *(describe(group) for group, _ in groups), "all")
+    return Table(title, columns, rows, 1, f"{caption}; {_TESTED.format(over='cells but those of all')}")
 
 
 def _means(pairs: pd.DataFrame) -> list[float]:
@@ -66,8 +119,16 @@ def _means(pairs: pd.DataFrame) -> list[float]:
     return [*means["mean"][means["size"] == pairs.point.nunique()]]
 
 
-def _varies(values: list[float]) -> bool:
-    return len(values) > 1 and max(values) > min(values)
+def _p_value(values: list[float]) -> float | None:
+    """Of the paired t-test; None where nothing varies."""
+    varies = len(values) > 1 and max(values) > min(values)
+    return float(stats.ttest_1samp(values, 0).pvalue) if varies else None
+
+
+def _adjusted(cells: Mapping[_Key, list[float]]) -> dict[_Key, float]:
+    """One family of tests. Means over all of the cells are not in it: they hold the same figures again."""
+    p_values = {key: p for key, values in cells.items() if (p := _p_value(values)) is not None}
+    return dict(zip(p_values, stats.false_discovery_control([*p_values.values()]) if p_values else [], strict=True))
 
 
 def _cell(values: list[float], p_value: float | None) -> str:

@@ -65,12 +65,12 @@ def write_report(report: Report, folder: Path, html: bool = False) -> list[Path]
 
 
 def _sections(report: Report) -> list[Section]:
-    results = Results(report)
+    results, layout = Results(report), LAYOUTS[report.kind]
     sections = (
         Section("Systems", (systems_table(report),)),
-        Section("Plots", plots=tuple(draw_plots(results, LAYOUTS[report.kind].plots))),
+        Section("Plots", plots=tuple(draw_plots(results, layout.plots))),
         Section("Speed-up", tuple(speed_up_tables(results))),
-        Section("Paired differences", tuple(paired_tables(results, LAYOUTS[report.kind].paired))),
+        Section("Paired differences", tuple(paired_tables(results, layout.paired, layout.grouped_by))),
         Section("Estimates" if report.estimate else "Measurements", tuple(median_tables(results))),
         Section("Failures", logs=tuple(_log(report, failure) for failure in report.failures)),
         Section("Notes", texts=report.notes),

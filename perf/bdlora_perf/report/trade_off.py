@@ -44,9 +44,10 @@ class TradeOff:
             for rows in [pairs[pairs.point.isin(points)]]
         ]
         shown, left_out = panelled(panels)
+        panels_drawn = shown.panel.nunique()
         grid = sns.relplot(
             shown, kind="line", x="value_x", y="value", hue="label", style="label", palette="colorblind", col="panel",
-            col_wrap=min(2, shown.panel.nunique()), height=3.0, aspect=1.6, markers=True, dashes=False,
+            col_wrap=min(3, panels_drawn), height=3.0, aspect=max(1.1, 3.2 / panels_drawn), markers=True, dashes=False,
             err_style="bars", estimator="mean", errorbar=_interval, facet_kws={"sharex": False, "sharey": False},
         )  # fmt: skip
         x, y = (label_with_unit(results.report.metrics[name]) for name in (self.x, self.y))

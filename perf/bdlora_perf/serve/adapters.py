@@ -12,8 +12,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from bdlora_perf.estimate.model_shape import ModelShape
 from bdlora_perf.serve.systems import AdapterShape
 from bdlora_perf.synthetic import make_adapter, make_model
+from bdlora_perf.synthetic.models import make_model_without_weights
 from bdlora_sglang.errors import BDLoRAError
 
 # Attention kernels want heads of 64 at least; eight KV heads can be split up to TP 8.
@@ -57,6 +59,31 @@ def synthetic_model(work: Path, hidden_size: int, num_layers: int, seed: int) ->
         )
 
     return _make_once(work / "models" / f"llama-h{hidden_size}-l{num_layers}-s{seed}", make)
+
+
+def one_rank_model(work: Path, shape: ModelShape, tp: int) -> Path:
+    """One of ``tp`` ranks of a model as a model of its own, without weights (``--load-format dummy``).
+
+    Raises:
+        BDLoRAError: the model cannot be cut so, or the folder cannot be written.
+    """
+    own = shape.one_rank_of(tp)
+
+    def make(folder: Path) -> None:
+        make_model_without_weights(
+            folder,
+            vocab_size=own.vocabulary,
+            hidden_size=own.hidden,
+            intermediate_size=own.intermediate,
+            num_hidden_layers=own.layers,
+            num_attention_heads=own.heads,
+            num_key_value_heads=own.kv_heads,
+            head_dim=own.head_dim,
+            max_position_embeddings=131072,
+            tie_word_embeddings=own.tied,
+        )
+
+    return _make_once(work / "models" / f"{own.name}-one-rank-of-{tp}", make)
 
 
 def matched_adapter(work: Path, model: str, shape: AdapterShape, seed: int) -> MadeAdapter:

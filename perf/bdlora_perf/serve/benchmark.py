@@ -55,7 +55,9 @@ def run_benchmark(
         state.api = "vllm"  # the one that all of them have
     contenders = {system.name: _started(state, system) for system in options.systems}
     contenders |= {name: _given(state, server) for name, server in running.items()}
-    batches = schedule(options.names, options.workloads, options.rounds, options.keep_servers, options.seed)
+    batches = schedule(
+        options.names, options.workloads, options.rounds, options.keep_servers, options.seed, options.rounds_a_start
+    )
     runner = SweepRunner(contenders, options.bounds, options.find_rate, options.seed, watcher, state.runs)
     run.samples += before.samples if before else ()
     done = {(sample.system, sample.round, frozenset(sample.point.items())) for sample in run.samples}

@@ -23,11 +23,14 @@ class ServeOptions:
     Attributes:
         model: folder or repo id of the base model; None only where all servers run already.
         tp: TP degree of the servers that are started.
+        one_rank_of: where it is not 1, the model is one of so many TP ranks of ``whole_model``, without weights, and
+            adapters are what that rank holds.
         systems: those to be started here.
         urls: running servers by the name that the report gives them, and ``url_adapters`` the adapters to ask them for
             (none: those that they list).
         workloads: the points, those of one deployment side by side.
         rounds: how often each point is measured on each system.
+        rounds_a_start: for so many rounds a server stays up where one is up at a time.
         bounds: of goodput, in milliseconds, by ttft, tpot or e2el.
         find_rate: look for the highest rate within the bounds.
         keep_servers: all servers are up at once, else one at a time.
@@ -57,6 +60,9 @@ class ServeOptions:
     url_adapters: Sequence[str] = ()
     vllm_environment: Path | None = None
     has_gpu: bool = False
+    rounds_a_start: int = 1
+    one_rank_of: int = 1
+    whole_model: str | None = None
 
     @property
     def names(self) -> list[str]:
@@ -65,6 +71,11 @@ class ServeOptions:
     @property
     def num_turns(self) -> int:
         return len(self.workloads) * self.rounds * len(self.names)
+
+    @property
+    def starts_once(self) -> bool:
+        """Each system is started once, one after the other."""
+        return not self.keep_servers and self.rounds_a_start >= self.rounds
 
     @property
     def kv_cache(self) -> int:
@@ -81,12 +92,22 @@ class ServeOptions:
         """The same for every server of ours; with the same model, cores and KV cache as vLLM's."""
         flags = ["--model", str(self.model), "--tp", str(self.tp), "--dtype", self.dtype]
         flags += ["--max-total-tokens", str(self.kv_cache), "--max-running-requests", str(self.max_requests)]
+        if self.one_rank_of > 1:
+            flags += ["--load-format", "dummy"]
         return [*flags, "--disable-radix-cache"]
 
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of the system that is measured, here or as one of its ranks."""
+        return self.tp * self.one_rank_of
+
     def shape(self, system: ServedSystem, rank: int) -> AdapterShape | None:
-        """What a system serves where plain LoRA has this rank."""
-        model_shape = shape_of(str(self.model)) if system.param_ratio is not None else None
-        return system.adapter(rank, self.tp, model_shape)
+        """What a system serves where plain LoRA has this rank; on one rank of a model, that rank's block."""
+        model_shape = shape_of(self.whole_model or str(self.model)) if system.param_ratio is not None else None
+        shape = system.adapter(rank, self.num_ranks, model_shape)
+        if shape is None or shape.nblocks is None or self.one_rank_of == 1:
+            return shape
+        return AdapterShape(shape.rank // self.one_rank_of, 1)
 
 
 @dataclass

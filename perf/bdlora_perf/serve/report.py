@@ -50,11 +50,14 @@ def _settings(state: Benchmark) -> dict[str, Value]:
     if options.systems:
         ranks = dict.fromkeys(workload.rank for workload in options.workloads)
         started = {"model": options.model, "tp": options.tp, "rank r": ", ".join(map(str, ranks))}
-        started["servers started here"] = "all up at once" if options.keep_servers else "one at a time"
+        if options.one_rank_of > 1:
+            started["one rank of"] = f"{options.whole_model} at TP {options.one_rank_of}, without collectives"
+        up = f"one at a time, for {options.rounds_a_start} rounds" if options.rounds_a_start > 1 else "one at a time"
+        started["servers started here"] = "all up at once" if options.keep_servers else up
     return {
         **started,
         "rounds": options.rounds,
-        "order of the systems": "drawn anew at each point and round",
+        "order of the systems": "as listed" if options.starts_once else "drawn anew at each point and round",
         "client": f"SGLang's request functions, {API_LABELS[state.api or 'sglang']}",
         "lengths": "fixed" if shortest == 1 else f"uniform from {shortest:g} of the longest",
         "requests per run": ", ".join(map(str, prompts)),
@@ -66,6 +69,10 @@ def _settings(state: Benchmark) -> dict[str, Value]:
 def _details(state: Benchmark, system: ServedSystem) -> dict[str, Value]:
     options = state.options
     details: dict[str, Value] = {**state.runs.get(system.name, {})}
+    if options.has_gpu:
+        details["kernels for LoRA a layer"] = system.launches
+    left_out = ", left out here" if options.one_rank_of > 1 and system.collectives != "none" else ""
+    details["collectives for LoRA a layer"] = f"{system.collectives}{left_out}" if options.num_ranks > 1 else "none"
     details["flags"] = " ".join(system.flags if system.engine == "vllm" else [*options.common_flags, *system.flags])
     if options.server_flags and system.engine == "bdlora":
         details["flags"] = f"{details['flags']} {' '.join(options.server_flags)}"

@@ -42,15 +42,22 @@ Batch = list[Turn]
 
 
 def schedule(
-    systems: Sequence[str], workloads: Sequence[Workload], rounds: int, keep_servers: bool, seed: int
+    systems: Sequence[str],
+    workloads: Sequence[Workload],
+    rounds: int,
+    keep_servers: bool,
+    seed: int,
+    rounds_a_start: int = 1,
 ) -> list[Batch]:
     """The turns in the order in which they are run.
 
     With ``keep_servers`` all systems' servers are up at once and take turns at each point, so that samples to be
-    compared are neighbours in time; else one server is up at a time and runs all points of a round. The order of the
-    systems is drawn anew each time.
+    compared are neighbours in time; else one server is up at a time and runs all points of ``rounds_a_start`` rounds.
+    The order of the systems is drawn anew each time, but where each is started once: then it is the one given, so that
+    whoever stops early has what was named first.
     """
     rng = random.Random(seed)
+    firsts = range(1, rounds + 1, rounds_a_start)
     batches: list[Batch] = []
     for _, group in groupby(workloads, key=lambda workload: workload.deployment):
         points = list(group)
@@ -65,9 +72,13 @@ def schedule(
             )
         else:
             batches += [
-                [Turn(round_, system, workload) for workload in points]
-                for round_ in range(1, rounds + 1)
-                for system in rng.sample(systems, len(systems))
+                [
+                    Turn(round_, system, workload)
+                    for round_ in range(first, min(first + rounds_a_start, rounds + 1))
+                    for workload in points
+                ]
+                for first in firsts
+                for system in (rng.sample(systems, len(systems)) if len(firsts) > 1 else systems)
             ]
     return batches
 

@@ -18,6 +18,8 @@ _REQUEST_SECONDS = 600
 _GIB = {"B": 2**-30, "KiB": 2**-20, "MiB": 2**-10, "GiB": 1.0}
 # What `bdlora launch` prints of its memory pool, and of each rank; "TP0" is there with more than one.
 _SLOTS = re.compile(r"(\d+) slots of ([\d.]+) (B|KiB|MiB|GiB) per GPU")
+# The same line says last what computes LoRA.
+_KERNELS = re.compile(r"BD-LoRA is in place: .*, ([^,]+)\. KV cache: ")
 _RANK_CORES = re.compile(r"(?:TP(\d+)\S*)?\] This rank runs on ([^.]+)\.")
 
 
@@ -166,13 +168,21 @@ def what_runs(info: Mapping[str, Any], log: str) -> dict[str, Value]:
         "device": device,
         "dtype": info["dtype"],
         "attention": info["attention_backend"],
-        "LoRA kernels": info["lora_backend"] if info["enable_lora"] else None,
+        "LoRA kernels": lora_kernels(info, log),
         "graphs": graphs or "none",
         "collectives": sharing if info["tp_size"] > 1 else "none",
         "KV cache (tokens)": info["max_total_num_tokens"],
         "slots": info["max_loras_per_batch"] if info["enable_lora"] else None,
         "cores": rank_cores(log) or None,
     }
+
+
+def lora_kernels(info: Mapping[str, Any], log: str) -> str | None:
+    """SGLang's name of the backend, and what computes in ours; None without LoRA."""
+    if not info["enable_lora"]:
+        return None
+    kernels = _KERNELS.search(log)
+    return f"{info['lora_backend']}: {kernels[1]}" if kernels else str(info["lora_backend"])
 
 
 def memory_metrics(info: Mapping[str, Any], log: str) -> dict[str, float]:

@@ -32,6 +32,9 @@ class ServedSystem:
         flags: of the engine's command.
         needs_gpu: SGLang's own LoRA kernels have no CPU version.
         engine: whose server is started.
+        launches: kernels that LoRA adds to a decoder layer (qkv, o, gate-up, down) on a GPU, whatever the batch, by its
+            code; None where we do not know.
+        collectives: what LoRA adds to a layer on several TP ranks, by the formulas of `bdlora_perf.collectives`.
         param_ratio: BD-LoRA of the largest rank whose parameters are at most this part of plain LoRA's, in place of a
             ``rank_factor``.
     """
@@ -44,6 +47,8 @@ class ServedSystem:
     needs_gpu: bool = False
     engine: Literal["bdlora", "vllm"] = "bdlora"
     param_ratio: float | None = None
+    launches: int | None = None
+    collectives: str = "none"
 
     def adapter(self, rank: int, tp: int, shape: ModelShape | None = None) -> AdapterShape | None:
         """What it serves where plain LoRA has rank ``rank``; ``shape`` of the model is for a ``param_ratio``.
@@ -75,26 +80,60 @@ _COMMUNICATION_FREE = ("--lora-sharding", "communication-free")
 _FULLY_SHARDED = ("--lora-sharding", "fully-sharded")
 _CSGMV = ("--lora-sharding", "sglang", "--lora-backend", "csgmv")
 _TRITON_V2 = ("--lora-sharding", "sglang", "--lora-backend", "triton_v2")
+# A shrink and an expand for each of four layers.
+_LAUNCHES = 8
+# S-LoRA gathers qkv's and gate-up's shrink outputs, and reduces o's and down's; csgmv reduces those beside the output.
+_S_LORA, _REDUCES = "2 all-gathers, 2 all-reduces", "2 all-reduces"
 
 # What the others are compared with; the first of those that take part is the main one.
-BASELINES = ("lora-fully-sharded", "lora", "vllm-lora-fully-sharded", "base", "vllm-base")
+BASELINES = (
+    "lora-fully-sharded",
+    "lora",
+    "sglang-triton-v2",
+    "sglang-csgmv",
+    "vllm-lora-fully-sharded",
+    "base",
+    "vllm-base",
+)
 SYSTEMS: dict[str, ServedSystem] = {
     system.name: system
     for system in (
-        ServedSystem("base", "Base model, no LoRA"),
-        ServedSystem("bd-2r", "BD-LoRA, rank 2r", 2, True, _COMMUNICATION_FREE),
-        ServedSystem("bd-4r", "BD-LoRA, rank 4r", 4, True, _COMMUNICATION_FREE),
-        ServedSystem("lora", "LoRA, communication-free", 1, False, _COMMUNICATION_FREE),
-        ServedSystem("lora-fully-sharded", "LoRA, fully sharded (S-LoRA)", 1, False, _FULLY_SHARDED),
-        ServedSystem("sglang-csgmv", "LoRA, SGLang csgmv", 1, False, _CSGMV, needs_gpu=True),
-        ServedSystem("sglang-triton-v2", "LoRA, SGLang triton_v2", 1, False, _TRITON_V2, needs_gpu=True),
+        ServedSystem("base", "Base model, no LoRA", launches=0),
+        ServedSystem("bd-2r", "BD-LoRA, rank 2r", 2, True, _COMMUNICATION_FREE, launches=_LAUNCHES),
+        ServedSystem("bd-4r", "BD-LoRA, rank 4r", 4, True, _COMMUNICATION_FREE, launches=_LAUNCHES),
+        ServedSystem("lora", "LoRA, communication-free", 1, False, _COMMUNICATION_FREE, launches=_LAUNCHES),
+        ServedSystem(
+            "lora-fully-sharded",
+            "LoRA, fully sharded (S-LoRA)",
+            1,
+            flags=_FULLY_SHARDED,
+            launches=_LAUNCHES,
+            collectives=_S_LORA,
+        ),
+        ServedSystem(
+            "sglang-csgmv",
+            "LoRA, SGLang csgmv",
+            1,
+            flags=_CSGMV,
+            needs_gpu=True,
+            launches=_LAUNCHES,
+            collectives=_REDUCES,
+        ),
+        ServedSystem(
+            "sglang-triton-v2", "LoRA, SGLang triton_v2", 1, flags=_TRITON_V2, needs_gpu=True, launches=_LAUNCHES
+        ),
     )
 }
 VLLM_SYSTEMS = (
-    ServedSystem("vllm-base", "vLLM, base model", engine="vllm"),
+    ServedSystem("vllm-base", "vLLM, base model", engine="vllm", launches=0),
     ServedSystem("vllm-lora", "vLLM, LoRA", 1, engine="vllm"),
     ServedSystem(
-        "vllm-lora-fully-sharded", "vLLM, LoRA, fully sharded", 1, False, ("--fully-sharded-loras",), engine="vllm"
+        "vllm-lora-fully-sharded",
+        "vLLM, LoRA, fully sharded",
+        1,
+        flags=("--fully-sharded-loras",),
+        engine="vllm",
+        collectives=_S_LORA,
     ),
 )
 
@@ -105,21 +144,36 @@ def matched_system(param_ratio: float) -> ServedSystem:
         raise BDLoRAError(f"--param-ratio: found {param_ratio:g}, expected more than 0")
     label = f"BD-LoRA, {param_ratio:g}x LoRA's parameters"
     return ServedSystem(
-        f"bd-{param_ratio:g}x", label, block_diagonal=True, flags=_COMMUNICATION_FREE, param_ratio=param_ratio
+        f"bd-{param_ratio:g}x",
+        label,
+        block_diagonal=True,
+        flags=_COMMUNICATION_FREE,
+        param_ratio=param_ratio,
+        launches=_LAUNCHES,
     )
 
 
 def choose_systems(names: Iterable[str], has_gpu: bool, param_ratios: Sequence[float] = ()) -> list[ServedSystem]:
-    """The named systems in the order of `SYSTEMS`, all that run here where none is named, and the matched ones.
+    """The named systems in their order, all that run here where none is named, and the matched ones.
 
     Raises:
         BDLoRAError: an unknown name, or a system that needs a GPU where there is none.
     """
-    wanted = set(names) or {system.name for system in SYSTEMS.values() if has_gpu or not system.needs_gpu}
-    for name in sorted(wanted):
+    wanted = [*dict.fromkeys(names)] or [s.name for s in SYSTEMS.values() if has_gpu or not s.needs_gpu]
+    for name in wanted:
         if name not in SYSTEMS:
             raise BDLoRAError(f"--systems: found {name!r}, expected names out of {', '.join(SYSTEMS)}")
         if SYSTEMS[name].needs_gpu and not has_gpu:
             raise BDLoRAError(f"--systems: found {name!r}, which needs a GPU, expected systems that run on a CPU")
     matched = [matched_system(ratio) for ratio in dict.fromkeys(param_ratios)]
-    return [system for name, system in SYSTEMS.items() if name in wanted] + matched
+    return [*(SYSTEMS[name] for name in wanted), *matched]
+
+
+def check_on_one_rank(systems: Iterable[ServedSystem]) -> None:
+    """Raise `BDLoRAError` for a system of which one rank alone is not a system."""
+    for system in systems:
+        if system.flags == _FULLY_SHARDED or system.engine != "bdlora":
+            raise BDLoRAError(
+                f"--one-rank-of: found {system.name!r}, expected systems of ours and of SGLang in which a "
+                "rank computes LoRA without the others"
+            )

@@ -107,7 +107,7 @@ class Workload:
 class Sweep:
     """Every combination of its values; ``concurrency``, ``request_rate`` and ``trace`` exclude one another.
 
-    ``slots``: None holds every adapter in a slot.
+    ``slots``: None holds every adapter in a slot. ``waves``: requests of one run for each in flight.
     """
 
     concurrency: tuple[int, ...] = (1, 8, 32)
@@ -122,6 +122,7 @@ class Sweep:
     alpha: float = 1.0
     rank: tuple[int, ...] = (16,)
     num_prompts: int | None = None
+    waves: int | None = None
 
     def workloads(self) -> list[Workload]:
         """The points, those of one deployment side by side.
@@ -154,7 +155,7 @@ class Sweep:
                     distribution,
                     self.alpha,
                     rank,
-                    len(self.trace) or self.num_prompts or _default_prompts(concurrency, rate),
+                    len(self.trace) or self.num_prompts or _default_prompts(concurrency, rate, self.waves),
                     self.trace,
                 )
             )
@@ -170,7 +171,9 @@ def _check_distribution(distribution: Distribution, adapters: int, concurrency: 
         )
 
 
-def _default_prompts(concurrency: int | None, request_rate: float | None) -> int:
+def _default_prompts(concurrency: int | None, request_rate: float | None, waves: int | None) -> int:
+    if waves is not None and concurrency is not None:
+        return waves * concurrency
     prompts = concurrency * _WAVES if concurrency is not None else math.ceil((request_rate or 0) * _SECONDS)
     return max(prompts, _FEWEST_PROMPTS)
 

@@ -56,7 +56,7 @@ def measure(requests: int) -> dict[str, float]:
     from bdlora_sglang.serving.backend import BDLoRABackend
     from bdlora_sglang.serving.kernels import choose_kernels
 
-    kernels: Any = choose_kernels(torch.device("cpu"), _SLOTS, needs_torch=False)
+    kernels: Any = choose_kernels(torch.device("cpu"), _SLOTS, exchanges=False)
     kernels.reserve_decode_graphs(max(REQUESTS))
     backend: Any = BDLoRABackend(_SLOTS, torch.device("cpu"))
     backend.use(None, kernels)

@@ -1,30 +1,27 @@
-"""Small random models and adapters for the demo, the tests and the benchmarks. The same arguments give the same bytes.
+"""Small random models for the demo, the tests and the benchmarks. The same arguments give the same bytes.
 
 The sizes are chosen so that 1, 2, 3, 4 and 8 blocks divide every module, and TP 1, 2 and 4 the heads.
 """
 
-import json
 import math
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bdlora_perf.synthetic.tokenizer import BOS_ID, EOS_ID, VOCAB_SIZE, make_tokenizer, unprintable_tokens
+from bdlora_perf.synthetic.tokenizer import (
+    BOS_ID,
+    EOS_ID,
+    VOCAB_SIZE,
+    make_tokenizer,
+    make_word_tokenizer,
+    unprintable_tokens,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP_MODULES = ("gate_proj", "up_proj", "down_proj")
-ALL_MODULES = ATTENTION_MODULES + MLP_MODULES
-
-# Which factor is block-diagonal, by module: row-parallel layers A, column-parallel layers B.
-BD_A_MODULES = ("o_proj", "down_proj")
-BD_B_MODULES = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "qkv_proj", "gate_up_proj", "lm_head")
 
 _SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
@@ -140,6 +137,22 @@ def _save_image_processor(folder: Path) -> None:
     Qwen2_5_VLProcessor(Qwen2VLImageProcessor(), tokenizer, Qwen2VLVideoProcessor()).save_pretrained(folder)
 
 
+def make_model_without_weights(folder: str | Path, **fields: Any) -> Path:
+    """The config of a Llama and a tokenizer of words, for servers that fill in weights (``--load-format dummy``).
+
+    Args:
+        folder: where it is written; made if need be.
+        **fields: of the config.
+    """
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(**{**_SHAPE, **fields}, architectures=["LlamaForCausalLM"])
+    config.dtype = torch.bfloat16
+    config.save_pretrained(folder)
+    make_word_tokenizer(config.vocab_size).save_pretrained(folder)
+    return Path(folder)
+
+
 @contextmanager
 def _no_progress_bar() -> Iterator[None]:
     from transformers.utils import logging
@@ -172,106 +185,3 @@ def _fill_weights(model: "PreTrainedModel", generator: torch.Generator, zero_cen
             std = gain / math.sqrt(weight.shape[-1])
         with torch.no_grad():
             weight.copy_(mean + std * torch.randn(weight.shape, generator=generator))
-
-
-def make_adapter(
-    folder: str | Path,
-    model_folder: str | Path,
-    *,
-    rank: int = 8,
-    nblocks: int | None = None,
-    target_modules: Sequence[str] | str = ALL_MODULES,
-    target_parameters: Sequence[str] = (),
-    seed: int = 0,
-    alpha: float | None = None,
-    use_rslora: bool = False,
-    rank_pattern: Mapping[str, int] | None = None,
-    alpha_pattern: Mapping[str, float] | None = None,
-    layers_to_transform: Sequence[int] | None = None,
-    dtype: torch.dtype = torch.float32,
-    scale: float = 0.5,
-) -> Path:
-    """Make a random adapter with PEFT itself, and return its folder.
-
-    Args:
-        folder: where PEFT's ``adapter_config.json`` and ``adapter_model.safetensors`` are written.
-        model_folder: the base model; only its config is read.
-        rank: the whole rank, all blocks together.
-        nblocks: blocks of the block-diagonal factors; None makes a plain LoRA adapter.
-        target_modules: the last parts of the names of the modules that get LoRA, or a regular expression.
-        target_parameters: those of parameters, such as "experts.down_proj".
-        seed: of the weights.
-        alpha: ``lora_alpha``; twice the rank if None.
-        use_rslora, rank_pattern, alpha_pattern, layers_to_transform: PEFT's fields.
-        dtype: of the stored weights.
-        scale: the standard deviation that the adapter adds to a module's output, for inputs of unit variance, whatever
-            its rank, blocks and scaling. At the default it changes the tokens and leaves the logits as far apart.
-
-    Raises:
-        ValueError: PEFT refuses the arguments, for example blocks that do not divide a module.
-    """
-    from peft import BdLoraConfig, LoraConfig, get_peft_model, get_peft_model_state_dict
-    from transformers import AutoConfig
-
-    bdlora = None
-    if nblocks is not None:
-        bdlora = BdLoraConfig(
-            target_modules_bd_a=[name for name in BD_A_MODULES if name in target_modules] or None,
-            target_modules_bd_b=[name for name in BD_B_MODULES if name in target_modules] or None,
-            nblocks=nblocks,
-        )
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=2 * rank if alpha is None else alpha,  # PEFT takes any number
-        use_rslora=use_rslora,
-        rank_pattern=dict(rank_pattern or {}),
-        alpha_pattern=dict(alpha_pattern or {}),
-        target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
-        target_parameters=list(target_parameters) or None,
-        layers_to_transform=None if layers_to_transform is None else list(layers_to_transform),
-        use_bdlora=bdlora,
-        task_type="CAUSAL_LM",
-    )
-    with torch.device("meta"):  # shapes are all that is needed of the base model, so its size does not matter
-        base_config = AutoConfig.from_pretrained(model_folder)
-        base = model_class(base_config).from_config(base_config)
-        model = get_peft_model(base, config)
-    generator = torch.Generator().manual_seed(seed)
-    weights: dict[str, torch.Tensor] = {}
-    for name, layer in sorted(model.named_modules()):
-        factors = _factors(layer)
-        if factors is None:
-            continue
-        a, b = (factor for _, factor in factors)
-        # A's outputs have unit variance; B's sum as many of them as it has columns (an expert's share of those of all
-        # experts). An embedding looks A up.
-        a_std = 1.0 if getattr(layer, "lora_embedding_A", None) else 1 / math.sqrt(a.shape[1])
-        b_std = scale / (layer.scaling["default"] * math.sqrt(b.shape[1] / getattr(layer, "num_experts", 1)))
-        for (suffix, weight), std in zip(factors, (a_std, b_std), strict=True):
-            values = std * torch.randn(weight.shape, generator=generator)
-            weights[f"{name}.{suffix}"] = values.to(dtype)
-    expected = get_peft_model_state_dict(model, state_dict=model.state_dict(), save_embedding_layers=False)
-    assert len(weights) == len(expected), "every LoRA tensor is filled"
-    folder = Path(folder)
-    model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
-    settle_config(folder / "adapter_config.json", model_folder)
-    return folder
-
-
-def _factors(layer: torch.nn.Module) -> list[tuple[str, torch.Tensor]] | None:
-    """PEFT's A and B of a linear module or an embedding, each with its name; None where there is no LoRA."""
-    for name, suffix in (("lora_embedding_", ".default"), ("lora_", ".default.weight")):
-        if getattr(layer, f"{name}A", None):
-            factors = [(factor, getattr(layer, f"{name}{factor}")["default"]) for factor in "AB"]
-            return [(f"{name}{factor}{suffix}", getattr(weight, "weight", weight)) for factor, weight in factors]
-    return None
-
-
-def settle_config(path: Path, model_folder: str | Path) -> None:
-    """Sort what PEFT writes in the order of a set, which changes from process to process, and name the base model."""
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = os.fspath(model_folder)
-    for field in ("target_modules", "target_parameters"):
-        if isinstance(config[field], list):
-            config[field].sort()
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -56,6 +56,17 @@ def make_tokenizer() -> "PreTrainedTokenizerFast":
     return fast
 
 
+def make_word_tokenizer(vocab_size: int) -> "PreTrainedTokenizerFast":
+    """A tokenizer of so many words, none of them special: whatever a model generates has a text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{token}": token for token in range(vocab_size)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
 def unprintable_tokens(tokenizer: "PreTrainedTokenizerFast") -> list[int]:
     """Tokens that have no text alone: special ones, and bytes that are no whole character in UTF-8."""
     texts = [tokenizer.decode([token], skip_special_tokens=True) for token in range(VOCAB_SIZE)]

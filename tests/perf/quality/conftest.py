@@ -29,6 +29,7 @@ FIELDS: dict[str, Any] = {
     "inits": ("per-block", "peft"),
     "seeds": (0, 1),
     "learning_rates": (1e-2, 3e-2),
+    "heal_learning_rates": (3e-3, 1e-2),
     "target_modules": "all",
     "scaling": 2.0,
     "steps": 6,

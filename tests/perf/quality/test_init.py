@@ -10,8 +10,7 @@ from scipy import stats
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bdlora_perf.quality.init import Init, initialise_like_lora
-from bdlora_perf.quality.systems import AdapterShape
-from bdlora_perf.quality.train import lora_config
+from bdlora_perf.synthetic.adapters import ALL_MODULES, lora_config
 from bdlora_sglang.errors import BDLoRAError
 
 _BLOCKS, _RANK = 8, 64
@@ -27,7 +26,7 @@ def base() -> Any:
 def packed_a(base: Any, nblocks: int, init: Init | None) -> torch.Tensor:
     """A of the down projection, as PEFT keeps it; None leaves PEFT's own values. ``base`` stays as it was."""
     torch.manual_seed(0)
-    model = get_peft_model(base, lora_config(AdapterShape(_RANK, nblocks), "all", 1.0))
+    model = get_peft_model(base, lora_config(_RANK, None if nblocks == 1 else nblocks, ALL_MODULES))
     if init is not None:
         initialise_like_lora(model, 1, init)
     values = model.get_submodule("base_model.model.model.layers.0.mlp.down_proj").lora_A["default"].weight.detach()
@@ -58,7 +57,7 @@ def test_peft_draws_a_block_diagonal_a_wider_than_a_plain_one(base: Any) -> None
 
 
 def test_values_follow_from_the_seed_alone(base: Any) -> None:
-    model = get_peft_model(base, lora_config(AdapterShape(8, 2), "all", 1.0))
+    model = get_peft_model(base, lora_config(8, 2, ALL_MODULES))
 
     def values(seed: int) -> dict[str, torch.Tensor]:
         initialise_like_lora(model, seed)

@@ -91,6 +91,8 @@ def refusal(*arguments: object) -> str:
         (["--blocks", "3"], "--blocks 3: found 32 features in model.layers.0.self_attn.q_proj, expected a multiple"),
         (["--init", "zero"], "--init: found 'zero', expected per-block, whole-layer, peft"),
         (["--learning-rates", "0"], "--learning-rates: found (0.0,), expected positive numbers"),
+        (["--heal-learning-rates", "low"], "--heal-learning-rates: found 'low', expected numbers"),
+        (["--dtype", "int8"], "--dtype: found 'int8', expected one of float64, float32, bfloat16, float16"),
         (["--target-modules", "mlp"], "--target-modules: found 'mlp', expected attention or all"),
         (["--part", "3/2"], "--part: found '3/2', expected K/N as 1/2"),
         (["--sequence-length", "8"], "line 1: found a prompt of"),

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -160,34 +161,44 @@ def _expected(logs: np.ndarray) -> list[float]:
 
 
 def test_paired_differences(reports: Mapping[str, Report], folders: Mapping[str, Path]) -> None:
-    """Each cell against scipy's paired t-test of the rounds, the p-values adjusted over the points."""
+    """Each cell against scipy's paired t-test of the rounds; p is adjusted over all cells but the means over all."""
     report = reports["quality"]
-    labels = {system.label: name for name, system in report.systems.items()}
-    columns, rows = _table(folders["quality"], "held-out loss [nats]: difference to Sample lora")
+    systems = {system.label: name for name, system in report.systems.items()}
+    title = "held-out loss [nats]: difference to Sample lora"
+    columns, rows = _table(folders["quality"], title)
     assert columns[:2] == ["task", "r"] and rows[-1][0] == "mean over all"
-    found, expected = [], []
-    of_mean: dict[str, list[np.ndarray]] = {}
+    found: dict[str, list[str]] = {"point": [], "task": [], "all": rows[-1][2:]}
+    expected: dict[str, list[Any]] = {"point": [], "task": [], "all": []}
+    differences: dict[tuple[str, str], list[np.ndarray]] = {}
     for task, r, *cells in rows[:-1]:
         own = np.array(_select(report, "lora", {"task": task, "r": r}, "loss"))
         for label, cell in zip(columns[2:], cells, strict=True):
-            values = np.array(_select(report, labels[label], {"task": task, "r": r}, "loss"))
+            values = np.array(_select(report, systems[label], {"task": task, "r": r}, "loss"))
             if not len(values):
                 assert cell == "-"
                 continue
-            of_mean.setdefault(label, []).append(values - own)
-            found.append(cell)
-            expected.append(stats.ttest_rel(values, own))
-    adjusted = stats.false_discovery_control([test.pvalue for test in expected])
-    means = [stats.ttest_1samp(np.mean(of_mean[label], axis=0), 0) for label in columns[2:]]
-    for cell, test, p in zip(
-        found + rows[-1][2:], expected + means, [*adjusted, *(test.pvalue for test in means)], strict=True
-    ):
-        interval = test.confidence_interval(0.95)
-        match = re.fullmatch(r"([-+.\d]+) \(([-+.\d]+) to ([-+.\d]+), p (=|<) ([.\d]+)\)", cell)
-        assert match, cell
-        shown = [float(match[i]) for i in (1, 2, 3)]
-        assert shown == pytest.approx([(interval.low + interval.high) / 2, interval.low, interval.high], abs=6e-5)
-        assert p < 0.001 if match[4] == "<" else float(match[5]) == pytest.approx(p, abs=6e-4)
+            for group in (task, "all"):
+                differences.setdefault((label, group), []).append(values - own)
+            found["point"].append(cell)
+            expected["point"].append(stats.ttest_rel(values, own))
+    tasks, means = _table(folders["quality"], f"{title}, means over points")
+    assert tasks == ["", "code", "json", "all"] and [row[0] for row in means] == columns[2:]
+    for label, *cells in means:
+        found["task"] += cells[:-1]
+        expected["task"] += [stats.ttest_1samp(np.mean(differences[label, task], axis=0), 0) for task in tasks[1:-1]]
+        expected["all"].append(stats.ttest_1samp(np.mean(differences[label, "all"], axis=0), 0))
+    assert [row[-1] for row in means] == found["all"]
+    for family, tests in expected.items():
+        p_values = [test.pvalue for test in tests]
+        for cell, test, p in zip(
+            found[family], tests, p_values if family == "all" else stats.false_discovery_control(p_values), strict=True
+        ):
+            interval = test.confidence_interval(0.95)
+            match = re.fullmatch(r"([-+.\d]+) \(([-+.\d]+) to ([-+.\d]+), p (=|<) ([.\d]+)\)", cell)
+            assert match, cell
+            shown = [float(match[i]) for i in (1, 2, 3)]
+            assert shown == pytest.approx([(interval.low + interval.high) / 2, interval.low, interval.high], abs=6e-5)
+            assert p < 0.001 if match[4] == "<" else float(match[5]) == pytest.approx(p, abs=6e-4)
 
 
 def test_one_round_has_no_interval_and_the_page_says_so(folders: Mapping[str, Path]) -> None:

@@ -4,6 +4,7 @@ from collections import Counter
 from typing import Any
 
 from bdlora_perf.collectives.count import Collective, collectives
+from bdlora_perf.collectives.formulas import Batch, added_by_lora, agree
 from bdlora_perf.collectives.forwards import forwards
 
 
@@ -26,6 +27,14 @@ def test_an_operation_inside_another_counts_once() -> None:
         Collective("all_reduce", (2, 2)): 1,
         Collective("all_gather", (4, 8)): 1,
     }
+
+
+def test_replayed_graphs_are_held_to_the_formula_by_kind() -> None:
+    expected = added_by_lora(True, Batch(4, 16), 3, 2)
+    assert agree(expected, expected)
+    assert not agree(expected - Counter({Collective("all_reduce", (4, 16)): 1}), expected)
+    replayed = Counter({Collective("all_gather", None): 6, Collective("all_reduce", None): 6})
+    assert agree(replayed, expected) and not agree(replayed + Counter({Collective("all_reduce", None): 1}), expected)
 
 
 def test_kernels_of_a_replayed_graph_count_and_those_of_a_called_operation_do_not() -> None:

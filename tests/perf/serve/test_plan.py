@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bdlora_perf.collectives.count import Collective
+from bdlora_perf.collectives.formulas import Batch, added_by_lora
 from bdlora_perf.estimate.model_shape import load_shape
 from bdlora_perf.serve.load import Outcome, make_requests
 from bdlora_perf.serve.metrics import run_metrics
@@ -73,6 +75,21 @@ def test_shapes_by_rank() -> None:
     found = {name: (shape.rank, shape.nblocks) for name, shape in shapes.items() if shape}
     plain = dict.fromkeys(("lora", "lora-fully-sharded", "sglang-csgmv", "sglang-triton-v2"), (16, None))
     assert found == {"bd-2r": (32, 8), "bd-4r": (64, 8), **plain}
+
+
+def test_what_lora_adds_to_a_layer() -> None:
+    """As the formulas count it, which running servers are held to (`test_engine.py`, `bdlora perf collectives`)."""
+    for name, system in SYSTEMS.items():
+        shape = system.adapter(16, 8)
+        added: Counter[Collective] = Counter()
+        if name == "sglang-csgmv":  # o's and down's shrink outputs, beside the layers' own
+            added[Collective("all_reduce", None)] = 2
+        elif shape is not None:
+            added = added_by_lora(name == "lora-fully-sharded", Batch(4, shape.rank), 1, 8)
+        counts = Counter(collective.operation for collective in added.elements())
+        words = [f"{count} {operation.replace('_', '-')}s" for operation, count in sorted(counts.items())]
+        assert system.collectives == (", ".join(words) or "none"), name
+        assert system.launches == (0 if shape is None else 2 * 4)
 
 
 @pytest.mark.parametrize(("ratio", "tp", "rank"), [(0.87, 8, 32), (1.0, 8, 32), (1.0, 2, 22), (1.35, 2, 32)])

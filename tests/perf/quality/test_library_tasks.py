@@ -1,0 +1,46 @@
+"""The tasks made of Python's library, on a library of a few lines."""
+
+import ast
+import json
+
+from bdlora_perf.quality.library_tasks import Library, json_pairs
+
+_SOURCE = '''
+"""About a module."""
+
+def basename(path):
+    """Return the last part of a path.
+
+    Nothing else.
+    """
+    return path.split("/")[-1]
+
+def _hidden():
+    """Not for users."""
+
+def unfinished():
+    """without a full stop"""
+
+class Name:
+    """A class has no name to guess."""
+
+    async def same(self):
+        """Return the last part of a path."""
+'''
+
+
+def test_what_is_taken_of_the_source() -> None:
+    library = Library((ast.parse(_SOURCE), ast.parse("x = 1")))
+    assert "About a module." in library.docstrings() and len(library.docstrings()) == 6
+    assert library.summaries() == {"Return the last part of a path.": "basename"}, "the first of equal ones"
+    code = library.code()
+    assert '"""' not in code and "path.split" in code and "x = 1" in code
+    assert ast.get_docstring(library.trees[0]) == "About a module.", "the source stays as it was"
+
+
+def test_completions_are_the_json_of_what_is_given() -> None:
+    pairs = json_pairs(0)
+    assert pairs == json_pairs(0) != json_pairs(1) and len(set(pairs)) == len(pairs) > 1000
+    for prompt, completion in pairs:
+        given = [words.rsplit(" is ", 1) for words in prompt.removesuffix(":").split(", ")]
+        assert {name: str(value) for name, value in json.loads(completion).items()} == dict(given)
