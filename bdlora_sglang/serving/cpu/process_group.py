@@ -27,6 +27,7 @@ from torch._C._distributed_c10d import (
 )
 from torch._C._profiler import _RecordFunctionFast
 
+from bdlora_sglang.serving.cpu.over_gloo import OverGloo
 from bdlora_sglang.serving.cpu.shared_collectives import Combine, SharedCollectives
 from bdlora_sglang.serving.cpu.shared_segment import (
     RankLostError,
@@ -124,7 +125,7 @@ class _CompletedWork(Work):
 _COMPLETED = _CompletedWork()
 
 
-class SharedMemoryGroup(ProcessGroup):
+class SharedMemoryGroup(OverGloo):
     """Collectives of dense CPU tensors over shared memory, and everything else over gloo.
 
     Collectives over shared memory are over when the call returns, with ``async_op=True`` as well. Which way one goes
@@ -136,7 +137,6 @@ class SharedMemoryGroup(ProcessGroup):
 
     def __init__(self, store: Store, gloo: ProcessGroupGloo, segment: SharedSegment, one_phase_bytes: int) -> None:
         super().__init__(store, segment.rank, segment.size)
-        # What is not overridden here goes to gloo by itself, as in a group of PyTorch's own; what is, by this one.
         self._gloo = ProcessGroup(store, segment.rank, segment.size)
         for group in (self, self._gloo):
             group._set_default_backend(ProcessGroup.BackendType.GLOO)
