@@ -24,7 +24,7 @@ compiler=$!
 workers=$(python3 -c 'import xdist' 2>/dev/null && echo "-n 8")
 # shellcheck disable=SC2086
 timeout 140 python3 -m pytest -q -p no:cacheprovider $workers tests/kernels/test_triton_kernels.py \
-    tests/kernels/test_triton_graphs.py >"$out/tests.log" 2>&1
+    tests/kernels/test_triton_graphs.py tests/kernels/test_triton_fully_sharded.py >"$out/tests.log" 2>&1
 tests=$?
 tail -n 15 "$out/tests.log"
 

@@ -9,7 +9,7 @@ from bdlora_perf.server_process import only_models
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 for name, value in only_models(
-    "llama", "qwen2", "qwen3", "mistral", "gemma", "phi3", "gemma2", "qwen3_moe", "mixtral"
+    "llama", "qwen2", "qwen3", "mistral", "gemma", "phi3", "gemma2", "qwen3_moe", "mixtral", "qwen2_5_vl"
 ).items():
     os.environ.setdefault(name, value)
 
