@@ -21,6 +21,7 @@ METRICS = {
     "delta_error": Metric(label="conversion error of the delta", unit="", better="lower"),
     "learning_rate": Metric(label="chosen learning rate", unit=""),
 }
+_ESTIMATED = {"output_throughput": Metric(label="estimated output throughput", unit="token/s")}
 _ACCURACY = (
     "Accuracy of a task with completions: the part of them that greedy decoding reproduces to the last token; of a "
     "text, and by token: the part of target tokens that are the likeliest after those before."
@@ -46,6 +47,7 @@ def make_report(sweep: Sweep, measured: Run) -> Report:
     notes = [*broken_off, _ACCURACY, *_base_notes(sweep), speed_note, _PAPER, _PEFT]
     if not measured.interrupted and len(measured.samples) < expected:
         notes.insert(0, f"{len(measured.samples)} of {expected} figures are finished; the others are missing here.")
+    metrics = METRICS if sweep.options.speed else {**METRICS, **_ESTIMATED}
     present = {name for sample in measured.samples for name in sample.metrics}
     return Report(
         kind="quality",
@@ -54,7 +56,7 @@ def make_report(sweep: Sweep, measured: Run) -> Report:
         systems={
             system.name: schema.System(label=system.label, details=_details(sweep, system)) for system in sweep.systems
         },
-        metrics={name: metric for name, metric in METRICS.items() if name in present},
+        metrics={name: metric for name, metric in metrics.items() if name in present},
         baselines=("lora",),
         samples=tuple(measured.samples),
         notes=tuple(notes),

@@ -77,6 +77,7 @@ def test_all_runs_are_done(finished: Sweep) -> None:
     assert len(report.samples) == 2 * 7 * 2
     assert {s.metrics["parameters"] for s in report.samples if s.system == "lora"} == {4.0 * 2 * 512}
     assert all(s.metrics["output_throughput"] > 0 for s in report.samples)
+    assert report.metrics["output_throughput"].label == "estimated output throughput"
 
 
 def test_broken_off_runs_go_on_with_the_same_bytes(finished: Sweep, options: Options) -> None:
