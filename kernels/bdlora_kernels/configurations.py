@@ -153,7 +153,7 @@ def by_formula(shape: Shape, capability: int, deterministic: bool = False) -> Co
         shrink_registers=224 if not decode else 96 if shape.shrink_rank <= 32 else 184,
         # With more, the assembler spills where h has 16 bits.
         tokens_at_once=8 if decode else 16 if shape.exchanged else 32,
-        # In a prefill few large programs: what counts is how much of y is under way, and every wave waits for its loads.
+        # In a prefill few large programs: what counts is how much of y is under way, and a wave waits for its loads.
         block_o=256 if (wide if decode else capability >= 90) else 128,
         expand_warps=4,
         expand_registers=96 if decode else 168 if capability < 90 and shape.expand_rank <= 16 else 255,
