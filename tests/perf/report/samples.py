@@ -202,6 +202,25 @@ def _kernels() -> Report:
     return _report("kernels", systems, metrics, baselines=("csgmv", "triton_v2_plain"), samples=tuple(samples))
 
 
+def _kernels_static() -> Report:
+    systems = {"bdlora": System(label="BD-LoRA's kernels"), "triton_v2": System(label="SGLang triton_v2")}
+    metrics = {
+        "time_us": Metric(label="Model: as it is served", unit="us", better="lower"),
+        "serial_us": Metric(label="Model: behind the base layers' products", unit="us", better="lower"),
+        "requested": Metric(label="Bytes requested over bytes needed", unit="", better="lower"),
+    }
+
+    def figures(system: str, point: Mapping[str, Value]) -> dict[str, float]:
+        work = 1 + float(str(point["rank"])) / 8 + float(str(point["tokens"])) / 64
+        time = work if system == "bdlora" else 1.1 * work
+        return {"time_us": time, "serial_us": time + 3, "requested": 1.5}
+
+    shared = {"model": ("Llama-3.1-70B", "Llama-3.1-8B"), "rank": (2, 8, 64), "adapters": (8,)}
+    points = _grid(**shared, phase=("decode",), tokens=(8, 256)) + _grid(**shared, phase=("prefill",), tokens=(2048,))
+    samples = tuple(_samples(systems, points, 1, figures, 0))
+    return _report("kernels-static", systems, metrics, estimate=True, baselines=("triton_v2",), samples=samples)
+
+
 def _estimate() -> Report:
     parts = {"weights": 9.0, "kv_cache": 1.5, "lora": 0.8, "collectives": 2.0, "launches": 0.9}
     labels = {"base": "Base model", "bd_2r": "BD-LoRA, rank 2r", "replicated": "LoRA, replicated", "s_lora": "S-LoRA"}
@@ -312,6 +331,7 @@ _MAKERS: Mapping[Kind, Callable[[], Report]] = {
     "serve": _serve,
     "collectives": _collectives,
     "kernels": _kernels,
+    "kernels-static": _kernels_static,
     "estimate": _estimate,
     "engine": _engine,
     "swap": _swap,

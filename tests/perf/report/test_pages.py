@@ -212,7 +212,7 @@ def test_one_round_has_no_interval_and_the_page_says_so(folders: Mapping[str, Pa
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_estimate_says_so_loudly(kind: str, folders: Mapping[str, Path]) -> None:
     for page in ("report.md", "report.html"):
-        assert (ESTIMATE_LABEL in (folders[kind] / page).read_text()) == (kind == "estimate")
+        assert (ESTIMATE_LABEL in (folders[kind] / page).read_text()) == (kind in ("estimate", "kernels-static"))
 
 
 def test_every_plot_of_a_page_is_a_file_and_back(folders: Mapping[str, Path]) -> None:
@@ -220,6 +220,7 @@ def test_every_plot_of_a_page_is_a_file_and_back(folders: Mapping[str, Path]) ->
         "serve": {"speed-up", "throughput", "goodput", "latency", "memory"},
         "collectives": {"collectives", "time"},
         "kernels": {"speed-up", "time", "bandwidth", "arithmetic", "ceiling"},
+        "kernels-static": {"speed-up", "time", "serial", "by-rank"},
         "estimate": {"speed-up", "breakdown", "memory"},
         "engine": {"speed-up", "decode", "prefill", "bandwidth"},
         "swap": {"speed-up", "latency", "gap", "prepare"},
