@@ -101,8 +101,8 @@ def _over(deployment: Deployment, traffic: Traffic, serving: Serving, other: Ser
 def _with_purposes(found: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
     low, high = SAME_PARAMETERS
     same = [c for c in found if c.fits and low <= c.parameter_ratio <= high]
-    # By the largest speed-ups: where a slow host hides all differences, none is left in the smallest. A tenth of a percent
-    # is no difference: then the larger adapter.
+    # By the largest speed-ups: where a slow host hides all differences, none is left in the smallest. A tenth of a
+    # percent is no difference: then the larger adapter.
     fastest = max(same, key=lambda c: (round(c.over_s_lora[1], 3), c.parameter_ratio), default=None)
     gaining = [c for c in found if c.fits and all(low >= 1 < high for low, high in (c.over_s_lora, c.over_replicated))]
     largest = max(gaining, key=lambda c: (c.parameter_ratio, c.over_s_lora[1]), default=None)
