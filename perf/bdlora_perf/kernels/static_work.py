@@ -6,6 +6,7 @@ Sizes are those of 16-bit types. What a kernel reads before its first product is
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from math import ceil
 
@@ -216,25 +217,16 @@ def _per_row_b(launched: Launched, batch: Batch) -> Work:
     return replace(work, memory_bytes=len(batch.counts) * batch.b_bytes)
 
 
-def _chunked_shrink(launched: Launched, batch: Batch) -> Work:
+def _segment_shrink(tokens: str, launched: Launched, batch: Batch) -> Work:
+    """``tokens`` names the constant of how many a tile has."""
     given, depth = launched.arguments, launched.code.stages - 1
-    return _shrink(batch, given["BLOCK_M"], given["BLOCK_N"], given["BLOCK_K"], 1, depth, sums=False)
+    return _shrink(batch, given[tokens], given["BLOCK_N"], given["BLOCK_K"], 1, depth, sums=False)
 
 
-def _chunked_expand(launched: Launched, batch: Batch) -> Work:
+def _segment_expand(tokens: str, launched: Launched, batch: Batch) -> Work:
     # It reads y behind the product.
     given, depth = launched.arguments, launched.code.stages - 1
-    return _expand(batch, given["BLOCK_M"], given["BLOCK_N"], given["BLOCK_K"], depth, after=1.0)
-
-
-def _segment_shrink(launched: Launched, batch: Batch) -> Work:
-    given, depth = launched.arguments, launched.code.stages - 1
-    return _shrink(batch, given["BLOCK_S"], given["BLOCK_N"], given["BLOCK_K"], 1, depth, sums=False)
-
-
-def _segment_expand(launched: Launched, batch: Batch) -> Work:
-    given, depth = launched.arguments, launched.code.stages - 1
-    return _expand(batch, given["BLOCK_S"], given["BLOCK_N"], given["BLOCK_K"], depth, after=1.0)
+    return _expand(batch, given[tokens], given["BLOCK_N"], given["BLOCK_K"], depth, after=1.0)
 
 
 _KERNELS: Mapping[str, Callable[[Launched, Batch], Work]] = {
@@ -244,10 +236,10 @@ _KERNELS: Mapping[str, Callable[[Launched, Batch], Work]] = {
     "_grouped_lora_b_kernel": _grouped_b,
     "_per_row_lora_a_kernel": _per_row_a,
     "_per_row_lora_b_kernel": _per_row_b,
-    "_chunked_lora_shrink_kernel": _chunked_shrink,
-    "_chunked_lora_expand_kernel": _chunked_expand,
-    "_sgemm_lora_a_kernel": _segment_shrink,
-    "_sgemm_lora_b_kernel": _segment_expand,
-    "_qkv_lora_b_kernel": _segment_expand,
-    "_gate_up_lora_b_kernel": _segment_expand,
+    "_chunked_lora_shrink_kernel": partial(_segment_shrink, "BLOCK_M"),
+    "_chunked_lora_expand_kernel": partial(_segment_expand, "BLOCK_M"),
+    "_sgemm_lora_a_kernel": partial(_segment_shrink, "BLOCK_S"),
+    "_sgemm_lora_b_kernel": partial(_segment_expand, "BLOCK_S"),
+    "_qkv_lora_b_kernel": partial(_segment_expand, "BLOCK_S"),
+    "_gate_up_lora_b_kernel": partial(_segment_expand, "BLOCK_S"),
 }

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bdlora_perf.quality.data import Example, make_batch, training_batches
-from bdlora_perf.quality.library_tasks import Library, write_tasks
+from bdlora_perf.quality.stdlib_tasks import Library, write_tasks
 from bdlora_perf.quality.train import descend
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 import ast
 import json
 
-from bdlora_perf.quality.library_tasks import Library, json_pairs
+from bdlora_perf.quality.stdlib_tasks import Library, json_pairs
 
 _SOURCE = '''
 """About a module."""
