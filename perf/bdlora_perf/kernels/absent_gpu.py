@@ -4,6 +4,7 @@ Kernels are launched by their own host code, ours and SGLang's, with tensors of 
 code decides (grids, constants, warps, what Triton specializes on) is what a GPU of this architecture would get.
 """
 
+import os
 import re
 import subprocess
 import tempfile
@@ -14,12 +15,14 @@ from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import triton  # type: ignore[import-untyped, unused-ignore]
 from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped, unused-ignore]
 from triton.backends.driver import DriverBase  # type: ignore[import-untyped, unused-ignore]
 from triton.runtime.driver import driver  # type: ignore[import-untyped, unused-ignore]
 
+_OTHER_ASSEMBLERS = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH")
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -75,12 +78,18 @@ def machine_code(
 
 @contextmanager
 def absent_gpu(capability: int) -> Iterator[list[Launched]]:
-    """Within the context, what is launched is compiled for ``capability`` (90 for sm_90) and put into the list."""
+    """Within the context, what is launched is compiled for ``capability`` (90 for sm_90) and put into the list.
+
+    By Triton's own assembler: FlashInfer names the machine's in the environment, as soon as it is imported.
+    """
     launches: list[Launched] = []
     before = driver._active
     driver.set_active(_AbsentGPU(capability, launches))
     try:
-        yield launches
+        with patch.dict(os.environ):
+            for name in _OTHER_ASSEMBLERS:
+                os.environ.pop(name, None)
+            yield launches
     finally:
         driver.set_active(before)
 
