@@ -1,6 +1,8 @@
 """Model families whose modules are not Llama's, and the vocabulary's two ends, against PEFT's own forward."""
 
 import atexit
+import base64
+import io
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -11,7 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import AutoProcessor
 
 from bdlora_perf.synthetic.reference import PeftReference
 from tests.serving.zoo import PROMPTS, Zoo
@@ -282,3 +286,34 @@ def test_the_vision_tower_is_another(case: Case, zoo: Zoo) -> None:
         assert not result.success
         assert "module 'model.visual.blocks.0.mlp.down_proj'" in result.error_message
     case.assert_equals_peft([None, "plain"])
+
+
+@pytest.mark.parametrize("case", [_named(family) for family in FAMILIES if family.architecture == "qwen2_5_vl"],
+                         indirect=True)  # fmt: skip
+def test_images(case: Case) -> None:
+    """Of two sizes, in one batch with prompts that have none."""
+    processor = AutoProcessor.from_pretrained(case.model)
+    text = "Hello! <|vision_start|><|image_pad|><|vision_end|> What is the capital of"
+    images = [Image.radial_gradient("L").resize(size).convert("RGB") for size in ((84, 112), (140, 56))]
+    # Prompts without any come first: transformers keeps an image's place for the text after it, whatever that is.
+    requests = [(name, image) for image in (None, *images) for name in (None, *case.adapters)]
+    answers = case.engine.generate(
+        input_ids=[processor.tokenizer.encode(text) if image else PROMPTS[0] for _, image in requests],
+        image_data=[[_url(image)] if image else [] for _, image in requests],
+        lora_path=[name for name, _ in requests],
+        sampling_params={"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True},
+        return_logprob=True,
+    )
+    for (name, image), answer in zip(requests, answers, strict=True):
+        reference, folder = case.reference_of(name)
+        seen = processor(text=[text], images=[image], return_tensors="pt") if image else {}
+        prompt = seen.pop("input_ids")[0].tolist() if image else PROMPTS[0]
+        expected = reference.generate(prompt, folder, NEW_TOKENS, **seen)
+        assert answer["output_ids"] == expected.tokens, (name, image)
+        assert _error(answer["meta_info"]["output_token_logprobs"], expected.logprobs) < 1e-4, (name, image)
+
+
+def _url(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

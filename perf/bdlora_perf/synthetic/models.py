@@ -67,6 +67,13 @@ _VISION: dict[str, dict[str, Any]] = {
         "fullatt_block_indexes": [1],
     },
 }
+# Fields of their configs, and the tokens that they name.
+_VISION_TOKENS = {
+    "vision_start_token_id": "<|vision_start|>",
+    "vision_end_token_id": "<|vision_end|>",
+    "image_token_id": "<|image_pad|>",
+    "video_token_id": "<|video_pad|>",
+}
 ARCHITECTURES = tuple(_ARCHITECTURES)
 
 # Standard deviations, for inputs of unit variance. The layers must weigh more than the embedding they are added to, or
@@ -101,14 +108,16 @@ def make_model(
     from transformers import AutoConfig
 
     shape = {**_SHAPE, **_ARCHITECTURES[architecture], **overrides}
+    tokenizer = make_tokenizer()
     if vision := _VISION.get(architecture):
-        tied = shape["tie_word_embeddings"]
-        shape = {"text_config": shape, "vision_config": vision, "tie_word_embeddings": tied}
+        tokenizer.add_special_tokens({"additional_special_tokens": list(_VISION_TOKENS.values())})
+        tokens = {name: tokenizer.convert_tokens_to_ids(token) for name, token in _VISION_TOKENS.items()}
+        tied, shape["vocab_size"] = shape["tie_word_embeddings"], len(tokenizer)
+        shape = {"text_config": shape, "vision_config": vision, "tie_word_embeddings": tied, **tokens}
     config = AutoConfig.for_model(architecture, **shape)
     config.dtype = torch.float32
     model = model_class(config).from_config(config)
     _fill_weights(model, torch.Generator().manual_seed(seed), zero_centred_norms=architecture.startswith("gemma"))
-    tokenizer = make_tokenizer()
     if printable:
         assert not config.tie_word_embeddings, "a row of the embedding is not to be zeroed"
         # A logit of zero never is the largest of hundreds of random ones.
@@ -133,8 +142,9 @@ def model_class(config: Any) -> Any:
 def _save_image_processor(folder: Path) -> None:
     from transformers import AutoTokenizer, Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
+    images = Qwen2VLImageProcessor(min_pixels=4 * 28**2, max_pixels=16 * 28**2)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    Qwen2_5_VLProcessor(Qwen2VLImageProcessor(), tokenizer, Qwen2VLVideoProcessor()).save_pretrained(folder)
+    Qwen2_5_VLProcessor(images, tokenizer, Qwen2VLVideoProcessor()).save_pretrained(folder)
 
 
 def make_model_without_weights(folder: str | Path, **fields: Any) -> Path:

@@ -49,13 +49,16 @@ class PeftReference:
         """The base model's config."""
         return self._base.config
 
-    def generate(self, prompt: Sequence[int], adapter: str | Path | None, max_new_tokens: int) -> Generation:
+    def generate(
+        self, prompt: Sequence[int], adapter: str | Path | None, max_new_tokens: int, **seen: torch.Tensor
+    ) -> Generation:
         """Decode greedily, on past end-of-sequence tokens.
 
         Args:
             prompt: token ids, at least one.
             adapter: a PEFT adapter's folder, read at its first use; None for the base model alone.
             max_new_tokens: the number of tokens to generate.
+            **seen: what comes with the prompt, such as ``pixel_values``, as the model's processor makes it.
         """
         with self._activated(adapter) as model, torch.inference_mode():
             tokens: list[int] = []
@@ -64,7 +67,7 @@ class PeftReference:
             step = torch.tensor([list(prompt)], device=self._base.device)
             cache = None
             while len(tokens) < max_new_tokens:
-                output = model(input_ids=step, past_key_values=cache, use_cache=True)
+                output = model(input_ids=step, past_key_values=cache, use_cache=True, **({} if tokens else seen))
                 cache = output.past_key_values
                 logits_V = output.logits[0, -1].float()
                 best, runner_up = logits_V.topk(2).values.tolist()
