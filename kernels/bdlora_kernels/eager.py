@@ -103,9 +103,9 @@ def _shrink_into(h_TW: torch.Tensor, x_TI: torch.Tensor, factors: EagerFactors, 
     if len(batch.few):
         _run("shrink", x_TI.to(factors.a_SE.dtype), h_TW[None], factors.a_SE, factors, batch)
     for segment in batch.many:
-        x_KI = x_TI[segment.tokens].float()
+        x_KI = x_TI[segment.tokens].to(factors.a_SE.dtype)
         for columns, inputs, a_RI in _shrinks(factors, segment.slot):
-            h_TW[segment.tokens, columns] = x_KI[:, inputs] @ a_RI.float().T
+            h_TW[segment.tokens, columns] = (x_KI[:, inputs] @ a_RI.T).float()
 
 
 def expand(y_TO: torch.Tensor, h_NTW: torch.Tensor, factors: EagerFactors, batch: TokenBatch) -> None:
@@ -118,12 +118,14 @@ def expand(y_TO: torch.Tensor, h_NTW: torch.Tensor, factors: EagerFactors, batch
         if sums_TO is not y_TO:
             y_TO += sums_TO
     for segment in batch.many:
-        h_KNW = h_NTW[:, segment.tokens].transpose(0, 1)
+        h_KNW = h_NTW[:, segment.tokens].transpose(0, 1).to(factors.b_SE.dtype)
+        in_place = isinstance(segment.tokens, slice) and y_TO.dtype == factors.b_SE.dtype
+        y_KO = y_TO[segment.tokens].to(factors.b_SE.dtype)
         for columns, part, b_RO in _expands(factors, segment.slot):
             outputs = slice(part.output_start, part.output_start + part.output_size)
-            delta_KO = h_KNW[:, :, columns].flatten(1) @ b_RO.float()
-            y_KO = y_TO[segment.tokens, outputs]
-            y_TO[segment.tokens, outputs] = y_KO.add(delta_KO, alpha=part.scaling).to(y_TO.dtype)
+            y_KO[:, outputs].addmm_(h_KNW[:, :, columns].flatten(1), b_RO, alpha=part.scaling)
+        if not in_place:
+            y_TO[segment.tokens] = y_KO.to(y_TO.dtype)
 
 
 def _shrinks(factors: EagerFactors, slot: int) -> Iterator[tuple[slice, slice, torch.Tensor]]:
