@@ -24,6 +24,8 @@ _parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_
 _parallel.restype = None
 _thread_number = types.ExternalFunction("omp_get_thread_num", types.int32())
 _num_threads = types.ExternalFunction("omp_get_num_threads", types.int32())
+# Called by each thread of a loop: none goes on before all have come.
+barrier = types.ExternalFunction("GOMP_barrier", types.void())
 
 
 class Loop:

@@ -11,19 +11,19 @@ from typing import Any
 import numpy as np
 from numba import carray, njit
 
-from bdlora_kernels.compiled import FASTMATH, Loop, floats, halves, integers, narrow, part, pointer, widen
+from bdlora_kernels.compiled import FASTMATH, Loop, barrier, floats, halves, integers, narrow, part, pointer, widen
 from bdlora_kernels.layout import ENTRY, SEGMENT
 
 # What a kernel reads, addresses and sizes in elements: `SEGMENT` (segments), int64 (places), `ENTRY` (slots, capacity),
-# int64 (slots), the factors (slots, slot_size), x or y of the same type (tokens, row_stride), of which row_size count,
-# and h in float32 (gathered, tokens, h_size). Elements are float32, or bfloat16 of 2 bytes.
+# int64 (slots), the factors (slots, a_size or b_size), h in float32 (gathered, tokens, h_size), and x and y (tokens,
+# x_stride or y_stride), of which outputs count, of the factors' type: float32, or bfloat16 of 2 bytes.
 ARGUMENTS = np.dtype(
     [
         (name, np.int64)
         for name in (
             *("segments", "num_segments", "places", "num_places", "entries", "counts", "num_slots", "capacity"),
-            *("factors", "slot_size", "rows", "num_tokens", "row_stride", "row_size", "h", "gathered", "h_size"),
-            "item_bytes",
+            *("a", "a_size", "b", "b_size", "item_bytes", "h", "gathered", "num_tokens", "h_size"),
+            *("x", "x_stride", "y", "y_stride", "outputs"),
         )
     ]
 )
@@ -61,12 +61,12 @@ def _shrink(args: Any, x: Any, a_E: Any) -> None:
             size = entry.input_size
             row, stop = max(first - entry.h_start, 0), min(last - entry.h_start, entry.rank)
             while row < stop:
-                a_0 = a_E[segment.slot * args.slot_size + entry.a_offset + row * size :]
+                a_0 = a_E[segment.slot * args.a_size + entry.a_offset + row * size :]
                 a_1, a_2, a_3 = a_0[size:], a_0[2 * size :], a_0[3 * size :]
                 together = row + 4 <= stop and segment.stop - segment.start >= _MANY_TOKENS
                 for place in range(segment.start, segment.stop):
                     token = places[place]
-                    x_I = x[token * args.row_stride + entry.input_start :]
+                    x_I = x[token * args.x_stride + entry.input_start :]
                     h_R = h[token * args.h_size + entry.h_start + row :]
                     if together:
                         sum_0 = sum_1 = sum_2 = sum_3 = np.float32(0)
@@ -92,7 +92,7 @@ def _expand(args: Any, y: Any, b_E: Any) -> None:
     """
     segments, places, entries, counts = _tables(args)
     h = floats(args.h, args.gathered * args.num_tokens * args.h_size)
-    first, last = part(args.row_size, _LINE)
+    first, last = part(args.outputs, _LINE)
     sums = np.empty(_BLOCK_OUTPUTS, np.float32)
     for segment in segments:
         if counts[segment.slot] == 0:
@@ -109,33 +109,48 @@ def _expand(args: Any, y: Any, b_E: Any) -> None:
                     own = sums[entry.output_start + start - column :]
                     for n in range(entry.gathered if size > 0 else 0):
                         h_R = h[(n * args.num_tokens + token) * args.h_size + entry.h_start :]
-                        b_RO = b_E[segment.slot * args.slot_size + entry.b_offset + start :]
+                        b_RO = b_E[segment.slot * args.b_size + entry.b_offset + start :]
                         for row in range(entry.rank):
                             b_O = b_RO[(n * entry.rank + row) * entry.output_size :]
                             scaled = entry.scaling * h_R[row]
                             for o in range(size):
                                 own[o] += scaled * widen(b_O[o])
-                y_O = y[token * args.row_stride + column :]
+                y_O = y[token * args.y_stride + column :]
                 for o in range(width):
                     y_O[o] = narrow(widen(y_O[o]) + sums[o], y_O[o])
 
 
-def _run_shrink(address: Any) -> None:
-    args = carray(address, (1,), ARGUMENTS)[0]
-    rows, factors = args.num_tokens * args.row_stride, args.num_slots * args.slot_size
+@njit  # type: ignore[untyped-decorator]
+def _shrink_of_type(args: Any) -> None:
+    x, a = args.num_tokens * args.x_stride, args.num_slots * args.a_size
     if args.item_bytes == 2:
-        _shrink(args, halves(args.rows, rows), halves(args.factors, factors))
+        _shrink(args, halves(args.x, x), halves(args.a, a))
     else:
-        _shrink(args, floats(args.rows, rows), floats(args.factors, factors))
+        _shrink(args, floats(args.x, x), floats(args.a, a))
+
+
+@njit  # type: ignore[untyped-decorator]
+def _expand_of_type(args: Any) -> None:
+    y, b = args.num_tokens * args.y_stride, args.num_slots * args.b_size
+    if args.item_bytes == 2:
+        _expand(args, halves(args.y, y), halves(args.b, b))
+    else:
+        _expand(args, floats(args.y, y), floats(args.b, b))
+
+
+def _run_shrink(address: Any) -> None:
+    _shrink_of_type(carray(address, (1,), ARGUMENTS)[0])
 
 
 def _run_expand(address: Any) -> None:
+    _expand_of_type(carray(address, (1,), ARGUMENTS)[0])
+
+
+def _run_both(address: Any) -> None:
     args = carray(address, (1,), ARGUMENTS)[0]
-    rows, factors = args.num_tokens * args.row_stride, args.num_slots * args.slot_size
-    if args.item_bytes == 2:
-        _expand(args, halves(args.rows, rows), halves(args.factors, factors))
-    else:
-        _expand(args, floats(args.rows, rows), floats(args.factors, factors))
+    _shrink_of_type(args)
+    barrier()
+    _expand_of_type(args)
 
 
-shrink_loop, expand_loop = Loop(_run_shrink, ARGUMENTS), Loop(_run_expand, ARGUMENTS)
+shrink_loop, expand_loop, delta_loop = (Loop(run, ARGUMENTS) for run in (_run_shrink, _run_expand, _run_both))

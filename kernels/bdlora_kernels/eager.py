@@ -28,14 +28,14 @@ class EagerFactors(LayerFactors):
         widths: columns of h that each slot needs.
         entries: `ENTRY` for each slice of each slot, for `cpu_kernels`.
         counts: how many each slot has.
-        entries_at: addresses of both, and the shape of ``entries``.
+        addresses: of all that, with its sizes, as `cpu_kernels` takes it.
     """
 
     gathered: list[int] = field(default_factory=list)
     widths: list[int] = field(default_factory=list)
     entries: np.ndarray[Any, Any] = field(default_factory=lambda: np.zeros((0, 0), ENTRY))
     counts: np.ndarray[Any, Any] = field(default_factory=lambda: np.zeros(0, np.int64))
-    entries_at: tuple[int, ...] = ()
+    addresses: tuple[int, ...] = ()
 
     @classmethod
     def allocate(
@@ -72,7 +72,9 @@ class EagerFactors(LayerFactors):
             offsets = part.a_offset, part.b_offset, column, gathered
             self.entries[slot, place] = (*window, *offsets, part.scaling)
             column += part.rank
-        self.entries_at = self.entries.ctypes.data, self.counts.ctypes.data, *self.entries.shape
+        tables = self.entries.ctypes.data, self.counts.ctypes.data, *self.entries.shape
+        places = (number for factor in (self.a_SE, self.b_SE) for number in (factor.data_ptr(), factor.stride(0)))
+        self.addresses = *tables, *places, self.a_SE.itemsize
 
 
 def add_lora_delta(y_TO: torch.Tensor, x_TI: torch.Tensor, factors: EagerFactors, batch: TokenBatch) -> None:
@@ -80,15 +82,20 @@ def add_lora_delta(y_TO: torch.Tensor, x_TI: torch.Tensor, factors: EagerFactors
 
     Tokens without a slot are not touched.
     """
-    if width := shrink_width(factors, batch):
-        h_TW = torch.empty(len(x_TI), width, dtype=torch.float32, device=x_TI.device)
-        _shrink_into(h_TW, x_TI, factors, batch)
-        expand(y_TO, h_TW[None], factors, batch)
+    width = shrink_width(factors, batch)
+    if not width:
+        return
+    h_NTW = torch.empty(1, x_TI.shape[0], width, dtype=torch.float32, device=x_TI.device)
+    if batch.many or not factors.a_SE.dtype == x_TI.dtype == y_TO.dtype:
+        _shrink_into(h_NTW[0], x_TI, factors, batch)
+        expand(y_TO, h_NTW, factors, batch)
+    else:
+        _run("delta", factors, batch, h_NTW, x_TI, y_TO)
 
 
 def shrink_width(factors: EagerFactors, batch: TokenBatch) -> int:
     """Columns that the shrink output of a batch needs: the largest sum of ranks of any slot in it."""
-    return max((factors.widths[slot] for slot in batch.slots), default=0)
+    return max(map(factors.widths.__getitem__, batch.slots), default=0)
 
 
 def shrink(x_TI: torch.Tensor, factors: EagerFactors, batch: TokenBatch) -> torch.Tensor:
@@ -101,7 +108,7 @@ def shrink(x_TI: torch.Tensor, factors: EagerFactors, batch: TokenBatch) -> torc
 
 def _shrink_into(h_TW: torch.Tensor, x_TI: torch.Tensor, factors: EagerFactors, batch: TokenBatch) -> None:
     if len(batch.few):
-        _run("shrink", x_TI.to(factors.a_SE.dtype), h_TW[None], factors.a_SE, factors, batch)
+        _run("shrink", factors, batch, h_TW[None], x_TI=x_TI.to(factors.a_SE.dtype))
     for segment in batch.many:
         x_KI = x_TI[segment.tokens].to(factors.a_SE.dtype)
         for columns, inputs, a_RI in _shrinks(factors, segment.slot):
@@ -114,7 +121,7 @@ def expand(y_TO: torch.Tensor, h_NTW: torch.Tensor, factors: EagerFactors, batch
     if len(batch.few):
         # In y itself, or in sums that are rounded once, where the factors have more bits.
         sums_TO = y_TO if y_TO.dtype == factors.b_SE.dtype else torch.zeros_like(y_TO, dtype=factors.b_SE.dtype)
-        _run("expand", sums_TO, h_NTW, factors.b_SE, factors, batch)
+        _run("expand", factors, batch, h_NTW.contiguous(), y_TO=sums_TO)
         if sums_TO is not y_TO:
             y_TO += sums_TO
     for segment in batch.many:
@@ -150,23 +157,24 @@ def _expands(factors: EagerFactors, slot: int) -> Iterator[tuple[slice, Slice, t
 
 
 def _run(
-    kernel: str,
-    rows_T: torch.Tensor,
-    h_NTW: torch.Tensor,
-    factors_SE: torch.Tensor,
+    name: str,
     factors: EagerFactors,
     batch: TokenBatch,
+    h_NTW: torch.Tensor,
+    x_TI: torch.Tensor | None = None,
+    y_TO: torch.Tensor | None = None,
 ) -> None:
-    """Run a compiled kernel over the segments of few tokens; ``rows_T`` are x or y."""
-    from bdlora_kernels.cpu_kernels import expand_loop, shrink_loop  # with Numba, which a GPU does not need
+    """Run a compiled loop over the segments of few tokens; x and y are of the factors' type, y row-major."""
+    from bdlora_kernels.cpu_kernels import delta_loop, expand_loop, shrink_loop  # with Numba: not for a GPU
 
-    rows_T = rows_T if rows_T.stride(1) == 1 else rows_T.contiguous()
-    h_NTW = h_NTW.contiguous()
-    loop = shrink_loop if kernel == "shrink" else expand_loop
+    if x_TI is not None and x_TI.stride(1) != 1:
+        x_TI = x_TI.contiguous()
+    assert y_TO is None or y_TO.stride(1) == 1 or y_TO.shape[1] == 1, y_TO.stride()
+    loop = delta_loop if name == "delta" else shrink_loop if name == "shrink" else expand_loop
     loop(
         *batch.few_at,
-        *factors.entries_at,
-        *(factors_SE.data_ptr(), factors_SE.stride(0)),
-        *(rows_T.data_ptr(), rows_T.shape[0], rows_T.stride(0), rows_T.shape[1]),
-        *(h_NTW.data_ptr(), h_NTW.shape[0], h_NTW.shape[2], factors_SE.itemsize),
+        *factors.addresses,
+        *(h_NTW.data_ptr(), *h_NTW.shape),
+        *((0, 0) if x_TI is None else (x_TI.data_ptr(), x_TI.stride(0))),
+        *((0, 0, 0) if y_TO is None else (y_TO.data_ptr(), y_TO.stride(0), y_TO.shape[1])),
     )
