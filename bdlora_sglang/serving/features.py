@@ -65,8 +65,8 @@ FEATURES: tuple[Feature, ...] = (
     Feature(
         "vision-language models",
         SERVED,
-        "test_families.py::test_the_vision_tower_is_another",
-        "adapters on the language model; those on a vision tower are refused by name",
+        "test_families.py::test_images",
+        "adapters on the language model, for text and images; those on a vision tower are refused by name",
         requests="the model",
     ),
     Feature(
