@@ -299,7 +299,7 @@ def test_images(case: Case) -> None:
     requests = [(name, image) for image in (None, *images) for name in (None, *case.adapters)]
     answers = case.engine.generate(
         input_ids=[processor.tokenizer.encode(text) if image else PROMPTS[0] for _, image in requests],
-        image_data=[[_url(image)] if image else [] for _, image in requests],
+        image_data=[[_url(image)] if image else None for _, image in requests],
         lora_path=[name for name, _ in requests],
         sampling_params={"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True},
         return_logprob=True,

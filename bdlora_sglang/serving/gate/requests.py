@@ -48,7 +48,7 @@ def check_request(request: Any, served: Served, from_client: bool) -> None:
         _check_fields_of_clients(request)
     check_shapes(request)
     count = num_prompts(request)
-    _check_media(request, served)
+    _check_media(request, count, served)
     check_params(request.sampling_params, served.vocab_size)
     check_num_samples(count or 1, request.sampling_params)
     _name_no_adapter_by_none(request)
@@ -76,7 +76,7 @@ def _check_fields_of_clients(request: Any) -> None:
             raise RequestError("rid", rid, f"a name that does not start with {HEALTH_CHECK_RID_PREFIX}")
 
 
-def _check_media(request: Any, served: Served) -> None:
+def _check_media(request: Any, count: int | None, served: Served) -> None:
     # SGLang looks for one of each prompt in a list that is there, an empty one too.
     request.image_data = request.image_data or None
     request.video_data = request.video_data or None
@@ -84,6 +84,13 @@ def _check_media(request: Any, served: Served) -> None:
     for name in ("image_data", "video_data", "audio_data"):
         if (value := getattr(request, name)) is not None and not served.multimodal:
             raise RequestError(name, value, "none: this model reads text alone")
+    if request.image_data is None:
+        # SGLang looks for one of each prompt.
+        request.modalities = None
+    elif count is not None and isinstance(request.image_data, list):
+        # SGLang takes the first for all: lists of images, or images.
+        images = [[] if one is None else one for one in request.image_data]
+        request.image_data = [one if isinstance(one, list) else [one] for one in images]
 
 
 def _name_no_adapter_by_none(request: Any) -> None:

@@ -126,7 +126,12 @@ def test_odd_bodies_of_other_apis(served: Served) -> None:
     ]
     for path, body in odd:
         assert served.server.post(path, **body).status_code == 400, (path, body)
-    right = [("/api/chat", {**chat, "stream": False}), ("/generate", {"text": ["a"], "audio_data": []})]
+    right: list[tuple[str, dict[str, Any]]] = [
+        ("/api/chat", {**chat, "stream": False}),
+        ("/generate", {"text": ["a"], "audio_data": []}),
+        ("/generate", {"text": ["a", "b"], "modalities": ["image"]}),
+        ("/generate", {"text": "a", "modalities": ["image"], "sampling_params": {"n": 2}}),
+    ]
     for path, body in right:
         assert served.server.post(path, **body).status_code == 200, (path, body)
 
