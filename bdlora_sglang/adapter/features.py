@@ -33,7 +33,8 @@ def refuse_unsupported(raw: Mapping[str, Any], source: str) -> None:
     if str(peft_type).upper() != "LORA":
         raise AdapterError(source, "field 'peft_type'", repr(peft_type), "'LORA'")
     for name, feature in _UNSUPPORTED_FEATURES.items():
-        if raw.get(name):
+        # An empty object asks PEFT for the feature with its default values.
+        if raw.get(name) or raw.get(name) == {}:
             raise AdapterError(source, f"field '{name}' ({feature})", raw[name], "null, false or absent: not supported")
     if raw.get("target_parameters") and raw.get("use_bdlora"):
         raise AdapterError(source, "field 'target_parameters'", "use_bdlora, too", "one of them: PEFT has no such")
