@@ -87,6 +87,7 @@ FAMILIES = [
     Family("mixtral", 2, EXPERTS, full=True),
     Family("qwen2_5_vl", 2, VISION_LANGUAGE),
     Family("qwen2_5_vl", 1, VISION_LANGUAGE, full=True),
+    Family("qwen2_5_vl", 4, VISION_LANGUAGE, {"num_key_value_heads": 2}, full=True),
 ]
 
 
