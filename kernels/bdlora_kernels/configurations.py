@@ -19,8 +19,8 @@ ARCHITECTURES = (80, 90, 100)
 # Programs of a shrink, about: four for each multiprocessor of an H100, so that large batches have few partial sums.
 _SHRINK_PROGRAMS = 512
 _MAX_SPLITS = 16
-# Inputs of a split, at least: a few steps of the loop, so that its loads overlap.
-_MIN_SPLIT_INPUTS = 512
+# Inputs of a split, at least: one step of the loop of a decode. Steps follow one another, splits run side by side.
+_MIN_SPLIT_INPUTS = 128
 # The second-level cache of A100, H100 and B200, and what their memory brings in 0.8 us: a trip and one for the table.
 _CACHES = {80: (40 * 2**20, 1_500_000), 90: (50 * 2**20, 2_400_000), 100: (126 * 2**20, 5_800_000)}
 _ELEMENT_BYTES = 2
