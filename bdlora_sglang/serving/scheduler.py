@@ -71,6 +71,15 @@ class BDLoRAModelRunner(ModelRunner):
         configs = (self.model_config, self.model_config.hf_config, self.model_config.hf_text_config)
         return [(c, {name: getattr(c, name) for name in _HEAD_COUNTS if hasattr(c, name)}) for c in configs]
 
+    def _preprocess_logits(self, logits_output: Any, sampling_info: Any, *args: Any, **kwargs: Any) -> Any:
+        state = super()._preprocess_logits(logits_output, sampling_info, *args, **kwargs)
+        if sampling_info.grammars:
+            # Where a grammar leaves no token, sampling would end the scheduler. Any token will do: the grammar refuses
+            # it, and SGLang ends that request alone.
+            logits_RV = logits_output.next_token_logits
+            logits_RV.masked_fill_((logits_RV == -torch.inf).all(dim=-1, keepdim=True), 0.0)
+        return state
+
     def check_weights(self, *args: Any, **kwargs: Any) -> Any:
         with unpacked(self.model):
             return super().check_weights(*args, **kwargs)

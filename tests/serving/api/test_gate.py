@@ -108,8 +108,8 @@ def test_wrong_requests_are_refused_by_the_name_of_the_field(served: Served) -> 
     "grammar", [{"ebnf": "root ::= root"}, {"json_schema": '{"$ref": "#"}'}, {"regex": "[^\\x00-\\U0010ffff]"}]
 )
 def test_a_grammar_without_an_answer(served: Served, grammar: dict[str, str]) -> None:
-    for temperature in (0, 1):
-        sampling = {"temperature": temperature, "max_new_tokens": NEW_TOKENS, **grammar}
+    for drawn in ({"temperature": 0}, {"temperature": 1}, {"top_k": 5, "top_p": 0.5}, {"min_p": 0.1}):
+        sampling = {**drawn, "max_new_tokens": NEW_TOKENS, **grammar}
         assert served.server.post("/generate", **NO_ADAPTER, sampling_params=sampling).status_code in {200, 400}
     served.check(["bd2-r8", None], [PROMPTS[0], PROMPTS[1]])
 
