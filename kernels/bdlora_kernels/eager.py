@@ -90,7 +90,7 @@ def add_lora_delta(y_TO: torch.Tensor, x_TI: torch.Tensor, factors: EagerFactors
         _shrink_into(h_NTW[0], x_TI, factors, batch)
         expand(y_TO, h_NTW, factors, batch)
     else:
-        _run("delta", factors, batch, h_NTW, x_TI, y_TO)
+        _run(factors, batch, h_NTW, x_TI, y_TO)
 
 
 def shrink_width(factors: EagerFactors, batch: TokenBatch) -> int:
@@ -108,11 +108,11 @@ def shrink(x_TI: torch.Tensor, factors: EagerFactors, batch: TokenBatch) -> torc
 
 def _shrink_into(h_TW: torch.Tensor, x_TI: torch.Tensor, factors: EagerFactors, batch: TokenBatch) -> None:
     if len(batch.few):
-        _run("shrink", factors, batch, h_TW[None], x_TI=x_TI.to(factors.a_SE.dtype))
+        _run(factors, batch, h_TW[None], x_TI=x_TI.to(factors.a_SE.dtype))
     for segment in batch.many:
         x_KI = x_TI[segment.tokens].to(factors.a_SE.dtype)
         for columns, inputs, a_RI in _shrinks(factors, segment.slot):
-            h_TW[segment.tokens, columns] = (x_KI[:, inputs] @ a_RI.T).float()
+            h_TW[segment.tokens, columns] = (x_KI[:, inputs] @ a_RI.T).to(h_TW.dtype)
 
 
 def expand(y_TO: torch.Tensor, h_NTW: torch.Tensor, factors: EagerFactors, batch: TokenBatch) -> None:
@@ -121,7 +121,7 @@ def expand(y_TO: torch.Tensor, h_NTW: torch.Tensor, factors: EagerFactors, batch
     if len(batch.few):
         # In y itself, or in sums that are rounded once, where the factors have more bits.
         sums_TO = y_TO if y_TO.dtype == factors.b_SE.dtype else torch.zeros_like(y_TO, dtype=factors.b_SE.dtype)
-        _run("expand", factors, batch, h_NTW.contiguous(), y_TO=sums_TO)
+        _run(factors, batch, h_NTW.contiguous(), y_TO=sums_TO)
         if sums_TO is not y_TO:
             y_TO += sums_TO
     for segment in batch.many:
@@ -157,20 +157,22 @@ def _expands(factors: EagerFactors, slot: int) -> Iterator[tuple[slice, Slice, t
 
 
 def _run(
-    name: str,
     factors: EagerFactors,
     batch: TokenBatch,
     h_NTW: torch.Tensor,
     x_TI: torch.Tensor | None = None,
     y_TO: torch.Tensor | None = None,
 ) -> None:
-    """Run a compiled loop over the segments of few tokens; x and y are of the factors' type, y row-major."""
+    """Compiled loops over the segments of few tokens: shrink where x is given, expand where y is.
+
+    Both are of the factors' type, y row-major.
+    """
     from bdlora_kernels.cpu_kernels import delta_loop, expand_loop, shrink_loop  # with Numba: not for a GPU
 
     if x_TI is not None and x_TI.stride(1) != 1:
         x_TI = x_TI.contiguous()
     assert y_TO is None or y_TO.stride(1) == 1 or y_TO.shape[1] == 1, y_TO.stride()
-    loop = delta_loop if name == "delta" else shrink_loop if name == "shrink" else expand_loop
+    loop = shrink_loop if y_TO is None else expand_loop if x_TI is None else delta_loop
     loop(
         *batch.few_at,
         *factors.addresses,

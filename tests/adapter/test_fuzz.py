@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import json
-import os
 import warnings
 from functools import cache
 from pathlib import Path
@@ -11,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from peft import BdLoraConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -19,9 +18,8 @@ from torch import nn
 
 from bdlora_sglang.adapter import Adapter, LoRAModule, ModuleShard, read_slice, slice_module
 from bdlora_sglang.errors import BDLoRAError
+from tests.fuzzing import fuzz_settings
 
-# By hand: BDLORA_FUZZ_EXAMPLES=5000, each time other ones.
-EXAMPLES = os.environ.get("BDLORA_FUZZ_EXAMPLES")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MODULES = ("q_proj", "o_proj", "lm_head")
 KINDS: dict[str, dict[str, Any]] = {
@@ -169,13 +167,7 @@ def read_by_peft(folder: Path) -> dict[str, torch.Tensor]:
     return deltas
 
 
-@settings(
-    max_examples=int(EXAMPLES or 300),
-    derandomize=EXAMPLES is None,
-    deadline=None,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
+@fuzz_settings(300)
 @given(
     kind=st.sampled_from(list(KINDS)),
     of_config=st.lists(CONFIG_CHANGES, max_size=2),

@@ -1,17 +1,15 @@
 """Thousands of wrong requests among good ones: none ends the server or gets its own fault called the server's."""
 
-import os
 import threading
 
 import requests as http
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 
+from tests.fuzzing import fuzz_settings
 from tests.serving.api.fuzz_strategies import requests
 from tests.serving.api.served import Served
 from tests.serving.zoo import PROMPTS
 
-# By hand: BDLORA_FUZZ_EXAMPLES=5000, each time other ones.
-EXAMPLES = os.environ.get("BDLORA_FUZZ_EXAMPLES")
 _MEMORY_GROWTH = 64 << 20
 
 
@@ -30,13 +28,7 @@ def test_no_request_ends_the_server(served: Served) -> None:
 
     count: dict[int, int] = {}
 
-    @settings(
-        max_examples=int(EXAMPLES or 250),
-        derandomize=EXAMPLES is None,
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
+    @fuzz_settings(250)
     @given(requests())
     def send(request: tuple[str, dict[str, object]]) -> None:
         path, body = request
