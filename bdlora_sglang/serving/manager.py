@@ -279,6 +279,8 @@ class BDLoRAManager(LoRAManager):
             NO_SLOT if lora_id is None else self.memory_pool.get_buffer_id(lora_id)
             for lora_id in forward_batch.lora_ids
         ]
+        # Rows behind those of the requests are beams', of the base model: SGLang has no beam search with LoRA.
+        slots += [NO_SLOT] * (forward_batch.batch_size - len(slots))
         # As SGLang's own: captured graphs read metadata of their own, which is filled anew before each replay.
         graph = None
         if self._use_cuda_graph_batch(forward_batch):

@@ -114,6 +114,20 @@ def test_a_grammar_without_an_answer(served: Served, grammar: dict[str, str]) ->
     served.check(["bd2-r8", None], [PROMPTS[0], PROMPTS[1]])
 
 
+def test_beams_beside_an_adapter(served: Served) -> None:
+    """A beam search has more rows in a batch than requests, all of the base model; for an adapter SGLang refuses it."""
+    greedy = {"temperature": 0, "max_new_tokens": 3 * NEW_TOKENS, "ignore_eos": True}
+    beams = {"max_new_tokens": NEW_TOKENS, "beam_width": 4, "ignore_eos": True}
+    both = {"input_ids": [PROMPTS[0], PROMPTS[0]], "lora_path": ["bd2-r8", None], "sampling_params": [greedy, beams]}
+    answer = served.server.post("/generate", **both)
+    assert answer.status_code == 200, answer.text
+    expected = served.expected(served.adapters["bd2-r8"], PROMPTS[0], 3 * NEW_TOKENS)
+    assert answer.json()[0]["output_ids"] == expected
+    refused = served.server.post("/generate", input_ids=PROMPTS[0], lora_path="bd2-r8", sampling_params=beams)
+    assert refused.status_code == 400 and "LoRA" in refused.text
+    served.check(["bd2-r8", None], [PROMPTS[0], PROMPTS[1]])
+
+
 def test_odd_bodies_of_other_apis(served: Served) -> None:
     """Each was called the server's fault: SGLang's validators, its streams and its chat templates trip over them."""
     chat: dict[str, Any] = {"model": "base", "messages": [{"role": "user", "content": "a"}]}
