@@ -69,7 +69,8 @@ def check_shapes(request: Any) -> None:
         value = getattr(request, name)
         if isinstance(value, list) and name == "sampling_params" and count is None:
             raise RequestError(name, value, "an object, as there is one prompt")
-        if isinstance(value, list) and value and count is not None and len(value) != count:
+        # An empty list of media stands for none.
+        if isinstance(value, list) and (value or name == "sampling_params") and count not in (None, len(value)):
             raise RequestError(name, value, f"a list of {count}, one for each prompt")
     # SGLang: the session may hold the whole prompt.
     _check_tokens(request.input_ids, count, may_be_empty=bool(getattr(request, "session_params", None)))

@@ -38,6 +38,7 @@ WRONG: dict[str, list[dict[str, Any]]] = {
     ],
     "image_data": [{**NO_ADAPTER, "image_data": "x.png"}, {"text": ["a", "b"], "image_data": ["x.png", "y.png"]}],
     "audio_data": [{**NO_ADAPTER, "audio_data": ["x.wav"]}],
+    "sampling_params": [{"text": ["a", "b"], "sampling_params": p} for p in ([], [{}], [{}] * 3)],
     "input_embeds": [{"input_embeds": e} for e in ([], [[]], [[0.5]], [[[0.5]]], [[0.5] * 96, [0.5]])],
     "positional_embed_overrides": [{**NO_ADAPTER, "positional_embed_overrides": {"embeds": [], "positions": []}}],
     "token_indices_to_pool": [{**NO_ADAPTER, "token_indices_to_pool": [10**6]}],
