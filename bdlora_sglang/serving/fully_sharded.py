@@ -5,7 +5,7 @@ served, a block-diagonal one in its dense form. The paper's baseline; `Communica
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -69,7 +69,7 @@ class FullySharded:
         kernels: Kernels,
         segments: Any,
     ) -> torch.Tensor:
-        exchange = partial(_exchange, layer, _group(layer))
+        exchange = _LayerExchange(layer, _group(layer))
         outputs = self.shape("", layer).outputs
         if not isinstance(layer, RowParallelLinear):
             return kernels.forward_with_base(base, outputs, x_TI, factors, segments, exchange)
@@ -85,11 +85,22 @@ class FullySharded:
         return y_TO
 
 
-def _exchange(layer: torch.nn.Module, group: GroupCoordinator | None, h_TW: torch.Tensor) -> torch.Tensor:
-    """The collective between shrink and expand: the sum of all ranks' outputs, or all of them one below the other."""
-    if group is None:
-        return h_TW
-    return group.all_reduce(h_TW) if isinstance(layer, RowParallelLinear) else group.all_gather(h_TW, dim=0)
+@dataclass(frozen=True)
+class _LayerExchange:
+    """The collective between shrink and expand: the sum of all ranks' outputs, or all of them one below the other.
+
+    Those of one layer are equal, so that recordings of a decode step can be compared.
+    """
+
+    layer: torch.nn.Module
+    group: GroupCoordinator | None
+
+    def __call__(self, h_TW: torch.Tensor) -> torch.Tensor:
+        if self.group is None:
+            return h_TW
+        if isinstance(self.layer, RowParallelLinear):
+            return self.group.all_reduce(h_TW)
+        return self.group.all_gather(h_TW, dim=0)
 
 
 def _own_outputs(layer: RowParallelLinear) -> range:

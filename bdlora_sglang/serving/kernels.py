@@ -16,6 +16,7 @@ from bdlora_kernels import (
     LayerFactors,
     PackedAdapter,
     SlotSize,
+    TokenBatch,
     add_embedding_delta,
     add_lora_delta,
     group_tokens,
@@ -23,6 +24,7 @@ from bdlora_kernels import (
 from bdlora_kernels.eager import expand, shrink
 from bdlora_kernels.segments import FEW_TOKENS
 from bdlora_sglang.errors import BDLoRAError
+from bdlora_sglang.serving.cpu.recording import one_step
 
 NO_SLOT = -1  # the base model: its tokens cost nothing
 NO_EXPERTS = "LoRA on MoE experts is served on a CPU alone: on a GPU, one kernel of SGLang's computes all of them"
@@ -183,18 +185,25 @@ class TorchKernels:
     ) -> torch.Tensor:
         assert isinstance(factors, EagerFactors)
         y_TO = base()
-        if exchange is None:
-            add_lora_delta(y_TO, x_TI, factors, segments)
-        elif (h_TW := shrink(x_TI, factors, segments)).numel():
-            h_NTW = exchange(h_TW).view(-1, *h_TW.shape)
-            expand(y_TO, h_NTW, factors, segments)
+        _add_delta(y_TO, x_TI, factors, segments, exchange)
         return y_TO
 
+    @one_step
     def add_embedding_delta(
         self, y_TO: torch.Tensor, ids_T: torch.Tensor, first_id: int, factors: LayerFactors, segments: Any
     ) -> None:
         assert isinstance(factors, EagerFactors)
         add_embedding_delta(y_TO, ids_T, first_id, factors, segments)
+
+
+@one_step
+def _add_delta(
+    y_TO: torch.Tensor, x_TI: torch.Tensor, factors: EagerFactors, batch: TokenBatch, exchange: Exchange | None
+) -> None:
+    if exchange is None:
+        add_lora_delta(y_TO, x_TI, factors, batch)
+    elif (h_TW := shrink(x_TI, factors, batch)).numel():
+        expand(y_TO, exchange(h_TW).view(-1, *h_TW.shape), factors, batch)
 
 
 def give_back_host_memory() -> None:

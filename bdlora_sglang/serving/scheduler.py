@@ -23,6 +23,7 @@ from sglang.utils import TypeBasedDispatcher
 from bdlora_sglang.errors import BDLoRAError
 from bdlora_sglang.serving.adapter_loader import AdapterLoader, FinishAdapterLoad, gather_errors, use_device
 from bdlora_sglang.serving.backend import BDLoRABackend
+from bdlora_sglang.serving.cpu.decode_runner import RecordingRunner
 from bdlora_sglang.serving.cpu.linear import unpacked
 from bdlora_sglang.serving.cpu.requests import request_receiver_over_shared_memory
 from bdlora_sglang.serving.gate.scheduler import GuardedScheduler
@@ -66,6 +67,11 @@ class BDLoRAModelRunner(ModelRunner):
                     elif hasattr(config, name):
                         delattr(config, name)
         return super()._load_format_scope(load_format)
+
+    def init_cuda_graphs(self, *args: Any, **kwargs: Any) -> None:
+        super().init_cuda_graphs(*args, **kwargs)
+        if on_cpu_platform() and self.spec_algorithm.is_none():
+            self.eager_runner = RecordingRunner(self)
 
     def _read_head_counts(self) -> list[tuple[object, dict[str, object]]]:
         configs = (self.model_config, self.model_config.hf_config, self.model_config.hf_text_config)

@@ -74,6 +74,12 @@ def integers(address: Any, size: Any) -> Any:
     return carray(pointer(address), (size,), np.int64)
 
 
+@njit  # type: ignore[untyped-decorator]
+def short_integers(address: Any, size: Any) -> Any:
+    """The int32 at an address."""
+    return carray(pointer(address), (size,), np.int32)
+
+
 @njit(fastmath=FASTMATH)  # type: ignore[untyped-decorator]
 def part(size: int, step: int) -> Any:
     """Those of ``size`` that the calling thread takes, in whole steps: start and end."""

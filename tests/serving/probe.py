@@ -35,7 +35,10 @@ class HoldingTpWorker(BDLoRATpWorker):
 
 
 class ProbedScheduler(BDLoRAScheduler):
-    """Writes ``rank<N>.json`` and ``cores<N>.json`` before it serves, ``changed<N>.json`` then and at each unload."""
+    """Writes ``rank<N>.json`` and ``cores<N>.json`` before it serves, ``changed<N>.json`` then and at each unload.
+
+    With the latter ``replayed<N>.json``, too.
+    """
 
     worker_class = HoldingTpWorker
 
@@ -54,6 +57,7 @@ class ProbedScheduler(BDLoRAScheduler):
         result = super().unload_lora_adapter(recv_req)
         # By now requests have run: this is the report of a scheduler that has served.
         self._report("changed", changed(self._sglang_before, sglang_objects()))
+        self._report("replayed", self.tp_worker.model_runner.eager_runner.replayed_kinds)
         return result
 
     def _report(self, what: str, content: Any) -> None:

@@ -296,6 +296,12 @@ def test_nothing_of_sglang_is_changed_by_serving(case: Case) -> None:
         assert json.loads((case.probe / f"changed{rank}.json").read_text()) == []
 
 
+def test_decode_steps_are_replayed(case: Case) -> None:
+    """After all of the above: batches of one request and of many, with adapters and without."""
+    for rank in range(case.tp):
+        assert json.loads((case.probe / f"replayed{rank}.json").read_text()) >= 3
+
+
 def test_bfloat16_is_as_close_as_sglang_is(bfloat16_case: Case, record_property: Any) -> None:
     """SGLang's own order of arithmetic differs from PEFT's; LoRA must not add to that more than its own rounding."""
     errors: dict[str | None, float] = {}

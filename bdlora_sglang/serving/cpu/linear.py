@@ -83,8 +83,15 @@ class PackedLinearMethod(UnquantizedLinearMethod):
 class PackedLogitsMethod(UnquantizedEmbeddingMethod):
     """The vocabulary projection of an embedding that is looked up, too (tied), so the unpacked weight stays."""
 
+    _packed: torch.Tensor | None = None
+
     def process_weights_after_loading(self, layer: Any) -> None:
-        layer.packed_weight = pack(layer.weight) if can_pack(layer.weight) else None
+        packed = pack(layer.weight) if can_pack(layer.weight) else None
+        if self._packed is None or packed is None:
+            self._packed = packed
+        else:  # recorded decode steps hold the same tensor
+            torch.utils.swap_tensors(self._packed, packed)  # type: ignore[no-untyped-call]
+        layer.packed_weight = self._packed
 
     def restore_weights_before_loading(self, layer: Any) -> None:
         layer.packed_weight = None

@@ -13,10 +13,12 @@ import torch
 from numba import carray, njit
 
 from bdlora_kernels.compiled import FASTMATH, Loop, floats, halves, integers, narrow, part, widen
+from bdlora_sglang.serving.cpu.recording import one_step
 
 DTYPES = (torch.float32, torch.bfloat16)
 
 
+@one_step
 def rms_norm(
     x_TI: torch.Tensor, residual_TI: torch.Tensor | None, weight_I: torch.Tensor, epsilon: float
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -34,6 +36,7 @@ def rms_norm(
     return y_TI, None if residual_TI is None else sum_TI
 
 
+@one_step
 def rotate(
     positions_T: torch.Tensor, x_TI: torch.Tensor, head_size: int, cos_sin_PC: torch.Tensor, is_neox_style: bool
 ) -> None:

@@ -27,7 +27,9 @@ from torch._C._distributed_c10d import (
 )
 from torch._C._profiler import _RecordFunctionFast
 
+from bdlora_sglang.serving.cpu.completed_work import COMPLETED, CompletedWork
 from bdlora_sglang.serving.cpu.over_gloo import OverGloo
+from bdlora_sglang.serving.cpu.recording import one_step
 from bdlora_sglang.serving.cpu.shared_collectives import Combine, SharedCollectives
 from bdlora_sglang.serving.cpu.shared_segment import (
     RankLostError,
@@ -96,35 +98,6 @@ def create_group(
     return SharedMemoryGroup(store, gloo, segment, one_phase_bytes)
 
 
-class _CompletedWork(Work):
-    """What the collectives return: they are over when they return."""
-
-    def __init__(self, tensors: Any = None) -> None:
-        super().__init__()
-        self._tensors = tensors
-
-    def wait(self, timeout: timedelta | None = None) -> bool:
-        return True
-
-    def is_completed(self) -> bool:
-        return True
-
-    def is_success(self) -> bool:
-        return True
-
-    def result(self) -> Any:
-        return self._tensors
-
-    def get_future(self) -> Any:
-        future: torch.futures.Future[Any] = torch.futures.Future()
-        future.set_result(self._tensors)
-        return future
-
-
-# For those who only wait for it, which is nearly everyone: it holds no tensor alive.
-_COMPLETED = _CompletedWork()
-
-
 class SharedMemoryGroup(OverGloo):
     """Collectives of dense CPU tensors over shared memory, and everything else over gloo.
 
@@ -144,7 +117,7 @@ class SharedMemoryGroup(OverGloo):
         self._gloo_backend = gloo
         self._segment = segment
         self._collectives = SharedCollectives(segment, self._exchange, one_phase_bytes)
-        self._options: Any = None
+        self._own_timeout = timedelta(0)
         self._unusable: str | None = None
 
     def getBackendName(self) -> str:
@@ -159,8 +132,8 @@ class SharedMemoryGroup(OverGloo):
         combine = _combine_of(opts.reduceOp)
         if combine is None or len(tensors) > 1 or not _is_dense(tensor, _REDUCED_DTYPES):
             return self._gloo.allreduce(tensors, opts)
-        self._serve("bdlora::all_reduce", tensors, opts, self._collectives.all_reduce, tensor, combine)
-        return _CompletedWork(tensors) if opts.asyncOp else _COMPLETED
+        self._serve("bdlora::all_reduce", tensors, opts.timeout, self._collectives.all_reduce, tensor, combine)
+        return CompletedWork(tensors) if opts.asyncOp else COMPLETED
 
     def all_gather_single(  # type: ignore[override]
         self, output: torch.Tensor, tensor: torch.Tensor, opts: Any = None
@@ -169,8 +142,8 @@ class SharedMemoryGroup(OverGloo):
         if output.numel() != self._segment.size * tensor.numel() or not _can_be_gathered([output], tensor):
             return self._gloo.all_gather_single(output, tensor, opts)
         # Recorded with its input alone: what this rank puts in.
-        self._serve("bdlora::all_gather", [tensor], opts, self._collectives.all_gather, output, tensor)
-        return _CompletedWork(output) if opts.asyncOp else _COMPLETED
+        self._serve("bdlora::all_gather", [tensor], opts.timeout, self._collectives.all_gather, output, tensor)
+        return CompletedWork(output) if opts.asyncOp else COMPLETED
 
     _allgather_base = all_gather_single  # type: ignore[assignment]  # its older name
 
@@ -188,8 +161,10 @@ class SharedMemoryGroup(OverGloo):
             or not _can_be_gathered(outputs, tensor)
         ):
             return self._gloo.allgather(output_tensors, input_tensors, opts)
-        self._serve("bdlora::all_gather", input_tensors, opts, self._collectives.all_gather_into, outputs, tensor)
-        return _CompletedWork(output_tensors) if opts.asyncOp else _COMPLETED
+        self._serve(
+            "bdlora::all_gather", input_tensors, opts.timeout, self._collectives.all_gather_into, outputs, tensor
+        )
+        return CompletedWork(output_tensors) if opts.asyncOp else COMPLETED
 
     def broadcast(  # type: ignore[override]
         self, tensors: Any, opts: Any = None, timeout: timedelta | None = None
@@ -198,13 +173,13 @@ class SharedMemoryGroup(OverGloo):
         tensor = tensors[0]
         if len(tensors) > 1 or not _can_be_gathered([], tensor):
             return self._gloo.broadcast(tensors, opts)
-        self._serve("bdlora::broadcast", tensors, opts, self._collectives.broadcast, tensor, opts.rootRank)
-        return _CompletedWork(tensors) if opts.asyncOp else _COMPLETED
+        self._serve("bdlora::broadcast", tensors, opts.timeout, self._collectives.broadcast, tensor, opts.rootRank)
+        return CompletedWork(tensors) if opts.asyncOp else COMPLETED
 
     def barrier(self, opts: Any = None, timeout: timedelta | None = None) -> Work | None:  # type: ignore[override]
         opts = _as_options(BarrierOptions, opts, timeout)
-        self._serve("bdlora::barrier", [], opts, self._exchange)
-        return _CompletedWork() if opts.asyncOp else _COMPLETED
+        self._serve("bdlora::barrier", [], opts.timeout, self._exchange)
+        return CompletedWork() if opts.asyncOp else COMPLETED
 
     def abort(self) -> None:
         self._leave("was aborted")
@@ -214,8 +189,14 @@ class SharedMemoryGroup(OverGloo):
         self._leave("was shut down")
         super().shutdown()
 
+    @one_step
     def _serve(
-        self, name: str, tensors: list[torch.Tensor], opts: Any, collective: Callable[..., None], *arguments: Any
+        self,
+        name: str,
+        tensors: list[torch.Tensor],
+        own_timeout: timedelta,
+        collective: Callable[..., None],
+        *arguments: Any,
     ) -> None:
         """Run a collective as an event ``name`` of the profiler's, with ``tensors`` as its inputs.
 
@@ -229,9 +210,9 @@ class SharedMemoryGroup(OverGloo):
         if not torch.is_inference_mode_enabled():
             # Autograd has no part in collectives, and inference tensors may be written to in this mode alone.
             with torch.inference_mode():
-                self._serve(name, tensors, opts, collective, *arguments)
+                self._serve(name, tensors, own_timeout, collective, *arguments)
             return
-        self._options = opts
+        self._own_timeout = own_timeout
         with _RecordFunctionFast(name, tensors):
             try:
                 collective(*arguments)
@@ -242,11 +223,10 @@ class SharedMemoryGroup(OverGloo):
         segment = self._segment
         segment.publish()
         if not segment.all_arrived():
-            segment.wait(self._seconds_of(self._options))
+            segment.wait(self._seconds_of(self._own_timeout))
 
-    def _seconds_of(self, opts: Any) -> float:
+    def _seconds_of(self, own: timedelta) -> float:
         """An operation's own timeout, or the group's, which gloo keeps: `set_timeout` sets it there."""
-        own: timedelta = opts.timeout
         return (own if own > timedelta(0) else self._gloo_backend.options._timeout).total_seconds()
 
     def _fail(self, name: str, error: BaseException) -> NoReturn:

@@ -13,6 +13,7 @@ from bdlora_perf.report.schema import Failure, Point, Value
 from bdlora_perf.serve.load import Api, Target
 from bdlora_perf.server_process import ServerProcess, free_port, launch_command
 from bdlora_sglang.errors import BDLoRAError
+from bdlora_sglang.serving.hardware import ATTENTION_BACKEND
 
 _REQUEST_SECONDS = 600
 _GIB = {"B": 2**-30, "KiB": 2**-20, "MiB": 2**-10, "GiB": 1.0}
@@ -157,7 +158,7 @@ def server_info(server: Server) -> dict[str, Any]:
 def what_runs(info: Mapping[str, Any], log: str) -> dict[str, Value]:
     """What a server of ours runs, by its own word: SGLang's resolved settings, and its log."""
     device = info["device"]
-    # SGLang's settings of graphs say nothing on a CPU, where there are none.
+    # SGLang's settings of graphs say nothing on a CPU.
     phases = info.get("cuda_graph_config") or {} if device != "cpu" else {}
     graphs = ", ".join(f"{phase}: {found.get('backend')}" for phase, found in phases.items() if isinstance(found, dict))
     sharing = "shared memory (gloo where there is none)" if device == "cpu" else "NCCL and SGLang's custom all-reduce"
@@ -169,7 +170,7 @@ def what_runs(info: Mapping[str, Any], log: str) -> dict[str, Value]:
         "dtype": info["dtype"],
         "attention": info["attention_backend"],
         "LoRA kernels": lora_kernels(info, log),
-        "graphs": graphs or "none",
+        "graphs": graphs or ("recorded decode steps" if info["attention_backend"] == ATTENTION_BACKEND else "none"),
         "collectives": sharing if info["tp_size"] > 1 else "none",
         "KV cache (tokens)": info["max_total_num_tokens"],
         "slots": info["max_loras_per_batch"] if info["enable_lora"] else None,

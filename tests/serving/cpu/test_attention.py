@@ -1,12 +1,10 @@
-"""Batched attention against float64 products, request by request. (test_engine.py holds whole models against PEFT.)"""
-
-import random
+"""Attention against float64 products, request by request. (test_engine.py holds whole models against PEFT.)"""
 
 import pytest
 import torch
 
 from bdlora_sglang.serving.cpu import attention
-from bdlora_sglang.serving.cpu.attention import DecodeGroup, group_by_length
+from bdlora_sglang.serving.cpu.decode_attention import attend
 
 POOL = 4096
 KV_HEADS, PER_HEAD, HEAD_SIZE = 3, 2, 16
@@ -26,41 +24,39 @@ def pools(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     return k, v
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_groups_hold_every_request_once_and_waste_little(seed: int) -> None:
-    source = random.Random(seed)
-    lengths = [source.choice((1, 3, 90, 100, 300, 500, 4000, 9000)) for _ in range(source.randint(0, 40))]
-    groups = group_by_length(lengths)
-    assert sorted(place for group in groups for place in group) == list(range(len(lengths)))
-    for group in groups:
-        own = [lengths[place] for place in group]
-        assert min(own) * 2 >= max(own) or max(own) <= 256
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("lengths", [[1], [7, 7, 7], [1, 90, 33], [600, 3, 601, 1300, 5]], ids=str)
 def test_decode(lengths: list[int], dtype: torch.dtype) -> None:
     keys, values = pools(dtype)
     generator = torch.Generator().manual_seed(1)
     places = [torch.randperm(POOL - 1, generator=generator)[:length] + 1 for length in lengths]
-    # A slot that no request owns and padding must never reach.
+    # A place that no request owns and what is past a request's end must never reach.
     keys[0], values[0] = float("nan"), float("inf")
+    table = torch.zeros(2 * len(lengths), max(lengths) + 3, dtype=torch.int32)
+    requests = torch.randperm(len(table), generator=generator)[: len(lengths)]
+    for request, own in zip(requests, places, strict=True):
+        table[request, : len(own)] = own
     q = torch.randn(len(lengths), KV_HEADS, PER_HEAD, HEAD_SIZE, generator=generator).to(dtype)
-    groups = group_by_length(lengths)
-    output = torch.full_like(q, float("nan"))
-    for rows in groups:
-        longest = max(lengths[row] for row in rows)
-        table = torch.zeros(len(rows), longest, dtype=torch.int32)  # past the end: the slot of NaN
-        for place, row in enumerate(rows):
-            table[place, : lengths[row]] = places[row]
-        own = [lengths[row] for row in rows]
-        group = DecodeGroup.of(None if len(groups) == 1 else torch.tensor(rows), table, own, dtype)
-        output[rows] = attention._decode(q, keys, values, group, SCALING)
+    # As a part of a fused projection's output is.
+    q = torch.cat([q, torch.full_like(q, float("nan"))], dim=1)[:, :KV_HEADS]
+    output = attend(q, keys, values, table, requests, torch.tensor(lengths), max(lengths), SCALING)
     for row, place in enumerate(places):
         expected = oracle(q[row].flatten(0, 1), keys[place], values[place])
         torch.testing.assert_close(
-            output[row].flatten(0, 1).double(), expected, atol=1e-5 if dtype == torch.float32 else 2e-2, rtol=1e-5
+            output[row].view_as(expected).double(), expected, atol=1e-5 if dtype == torch.float32 else 2e-2, rtol=1e-5
         )
+
+
+def test_decode_with_values_of_another_size_and_scores_that_overflow() -> None:
+    """Scores of some thousands: their exponentials are infinite, their softmax is not."""
+    keys, values = pools(torch.float32)
+    q = 1000 * torch.randn(2, KV_HEADS, PER_HEAD, HEAD_SIZE, generator=torch.Generator().manual_seed(1))
+    values = values[:, :, :5].contiguous()
+    table = torch.arange(40, dtype=torch.int32).view(2, 20)
+    output = attend(q, keys, values, table, torch.tensor([1, 0]), torch.tensor([20, 11]), 20, SCALING)
+    for row, place in enumerate([table[1], table[0, :11]]):
+        expected = oracle(q[row].flatten(0, 1), keys[place], values[place])
+        torch.testing.assert_close(output[row].view_as(expected).double(), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "encoder"])

@@ -167,7 +167,7 @@ def other_uses(rank: int, size: int) -> None:
         assert ones.item() == 2
         dist.destroy_process_group(first_two)
     dist.set_timeout(timedelta(seconds=7))
-    assert group._seconds_of(dist.AllreduceOptions()) == 7
+    assert group._seconds_of(dist.AllreduceOptions().timeout) == 7
 
 
 def all_of_it(rank: int, size: int) -> None:

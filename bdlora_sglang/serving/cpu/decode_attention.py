@@ -1,0 +1,150 @@
+"""Attention of one token a request, compiled: keys and values are read once, where they stand in the KV cache.
+
+Shape suffixes: T requests, H KV heads, G query heads of a KV head, L tokens of a request, D head size of queries and
+keys, V of values, S places in the KV cache, R requests that there is room for, C tokens that each has room for.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from numba import carray, njit
+
+from bdlora_kernels.compiled import FASTMATH, Loop, floats, halves, integers, narrow, part, short_integers, widen
+from bdlora_sglang.serving.cpu.loops import DTYPES
+
+
+def can_attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> bool:
+    """Whether `attend` computes with tensors of these types and layouts."""
+    return q.dtype in DTYPES and all(x.dtype is q.dtype and x.is_contiguous() for x in (keys, values))
+
+
+def attend(
+    q_THGD: torch.Tensor,
+    keys_SHD: torch.Tensor,
+    values_SHV: torch.Tensor,
+    table_RC: torch.Tensor,
+    request_T: torch.Tensor,
+    length_T: torch.Tensor,
+    longest: int,
+    scaling: float,
+) -> torch.Tensor:
+    """``softmax(scaling * q @ k.T) @ v`` of each query and its request's tokens: ``(T, H * G * V)``.
+
+    Args:
+        table_RC: int32, the places of each request's tokens in the KV cache.
+        request_T, length_T: int64, a request's row of the table, and how many of its tokens there are.
+        longest: of the lengths.
+    """
+    tokens, heads, per_head, size = q_THGD.shape
+    value_size = values_SHV.shape[2]
+    q_THGD = q_THGD.contiguous()
+    o_TO = q_THGD.new_empty(tokens, heads * per_head * value_size)
+    # For each KV head of a request: its scores, and the sums of its values.
+    scratch = torch.empty(tokens * heads * per_head * (longest + value_size), dtype=torch.float32)
+    _loop(
+        *(x.data_ptr() for x in (q_THGD, keys_SHD, values_SHV, table_RC, request_T, length_T, o_TO, scratch)),
+        *(tokens, heads, per_head, size, value_size, len(keys_SHD), *table_RC.shape, longest, q_THGD.itemsize, scaling),
+        work=tokens * heads * longest * size,
+    )
+    return o_TO
+
+
+# Addresses, and sizes in elements.
+_ARGUMENTS = np.dtype(
+    [
+        *((name, np.int64) for name in ("q", "keys", "values", "table", "requests", "lengths", "o", "scratch")),
+        *((name, np.int64) for name in ("tokens", "heads", "per_head", "size", "value_size", "places")),
+        *((name, np.int64) for name in ("rows", "columns", "longest", "item_bytes")),
+        ("scaling", np.float64),
+    ]
+)
+
+
+@njit(inline="always")
+def _row(values: Any, places_L: Any, place: int, args: Any, head: int) -> Any:
+    return values[(places_L[place] * args.heads + head) * args.value_size :]
+
+
+@njit(fastmath=FASTMATH, error_model="numpy")
+def _attend(args: Any, q: Any, keys: Any, values: Any, o: Any) -> None:
+    heads, per_head, size, value_size = args.heads, args.per_head, args.size, args.value_size
+    table = short_integers(args.table, args.rows * args.columns)
+    requests, lengths = integers(args.requests, args.tokens), integers(args.lengths, args.tokens)
+    own = per_head * (args.longest + value_size)
+    scratch = floats(args.scratch, args.tokens * heads * own)
+    scaling = np.float32(args.scaling)
+    first, last = part(args.tokens * heads, 1)
+    for item in range(first, last):
+        token, head = item // heads, item % heads
+        length = lengths[token]
+        places_L = table[requests[token] * args.columns :]
+        sums_GV = scratch[item * own :]
+        scores_GL = sums_GV[per_head * value_size :]
+        for i in range(per_head * value_size):
+            sums_GV[i] = np.float32(0)
+        for place in range(length):
+            k_D = keys[(places_L[place] * heads + head) * size :]
+            for query in range(per_head):
+                q_D = q[(item * per_head + query) * size :]
+                score = np.float32(0)
+                for i in range(size):
+                    score += widen(q_D[i]) * widen(k_D[i])
+                scores_GL[query * length + place] = score * scaling
+        for query in range(per_head):
+            scores_L = scores_GL[query * length :]
+            largest = scores_L[0]
+            for place in range(1, length):
+                largest = max(largest, scores_L[place])
+            total = np.float32(0)
+            for place in range(length):
+                weight = np.float32(math.exp(scores_L[place] - largest))
+                scores_L[place] = weight
+                total += weight
+            for place in range(length):
+                scores_L[place] /= total
+        # Four at once: the sums are read and written a quarter as often.
+        for place in range(0, length - length % 4, 4):
+            v_V, w_V = _row(values, places_L, place, args, head), _row(values, places_L, place + 1, args, head)
+            x_V, y_V = _row(values, places_L, place + 2, args, head), _row(values, places_L, place + 3, args, head)
+            for query in range(per_head):
+                weights_L = scores_GL[query * length + place :]
+                one, two, three, four = weights_L[0], weights_L[1], weights_L[2], weights_L[3]
+                sums_V = sums_GV[query * value_size :]
+                for i in range(value_size):
+                    sums_V[i] += (one * widen(v_V[i]) + two * widen(w_V[i])) + (
+                        three * widen(x_V[i]) + four * widen(y_V[i])
+                    )
+        for place in range(length - length % 4, length):
+            v_V = _row(values, places_L, place, args, head)
+            for query in range(per_head):
+                weight = scores_GL[query * length + place]
+                sums_V = sums_GV[query * value_size :]
+                for i in range(value_size):
+                    sums_V[i] += weight * widen(v_V[i])
+        o_GV = o[item * per_head * value_size :]
+        for i in range(per_head * value_size):
+            o_GV[i] = narrow(sums_GV[i], o[0])
+
+
+def _run(address: Any) -> None:
+    args = carray(address, (1,), _ARGUMENTS)[0]
+    queries, cached = args.tokens * args.heads * args.per_head, args.places * args.heads
+    if args.item_bytes == 2:
+        q, keys, values = (
+            halves(args.q, queries * args.size),
+            halves(args.keys, cached * args.size),
+            halves(args.values, cached * args.value_size),
+        )
+        _attend(args, q, keys, values, halves(args.o, queries * args.value_size))
+    else:
+        q, keys, values = (
+            floats(args.q, queries * args.size),
+            floats(args.keys, cached * args.size),
+            floats(args.values, cached * args.value_size),
+        )
+        _attend(args, q, keys, values, floats(args.o, queries * args.value_size))
+
+
+_loop = Loop(_run, _ARGUMENTS)
