@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -40,9 +41,15 @@ def only_models(*names: str) -> dict[str, str]:
 
 
 def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """A port for a server that binds it when it is ready, seconds from now.
+
+    Those that bind port 0 and those that connect get ports of another range meanwhile (Linux: from 32768 on).
+    """
+    while True:
+        port = random.randrange(10_000, 30_000)
+        with socket.socket() as sock, suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
 
 
 @contextmanager

@@ -101,6 +101,8 @@ class DecodeStep:
         if self._recording is not None and places == self._places and recording.agrees_with(self._recording):
             self.is_replayed = True
             self._output = replace(output, **dict.fromkeys(places))
+        elif not self._tries:
+            _tell("something else in each of them")
         self._recording, self._places = recording, places
 
 

@@ -52,6 +52,7 @@ class Recording:
         self._given = len(given)
         self._steps: list[tuple[Callable[..., Any], tuple[int, ...], tuple[tuple[str, int], ...], int]] = []
         self._constants: dict[int, Any] = {}
+        self._literals: set[int] = set()
         self._size = len(given)
         self._blank: list[Any] = []
 
@@ -61,8 +62,22 @@ class Recording:
             self.obstacle is None
             and self._steps == other._steps
             and self._constants.keys() == other._constants.keys()
-            and all(_is_same(value, other._constants[place]) for place, value in self._constants.items())
+            and self._literals == other._literals
+            and all(self._agrees_in(place, other) for place in self._constants)
         )
+
+    def _agrees_in(self, place: int, other: Recording) -> bool:
+        one, another = self._constants[place], other._constants[place]
+        if one is another:
+            return True
+        if place in self._literals:
+            return one.dtype == another.dtype and torch.equal(one, another)
+        if type(one) is not type(another) or isinstance(one, torch.Tensor):
+            return False
+        try:
+            return bool(one == another)
+        except (RuntimeError, ValueError):  # arrays, or what holds tensors: equal by elements alone
+            return False
 
     def run(self, given: Sequence[object]) -> list[Any]:
         """Compute all again with other values in the places of those given; returns the values of all places."""
@@ -84,6 +99,11 @@ class Recording:
 
     def constant(self, value: object) -> int:
         self._constants[place := self.place()] = value
+        return place
+
+    def literal(self, tensor: torch.Tensor) -> int:
+        """A constant that a forward makes anew of numbers: of the same values in every forward, not the same tensor."""
+        self._literals.add(place := self.constant(tensor.clone()))
         return place
 
     def call(self, function: Callable[..., Any], args: Sequence[int], kwargs: dict[str, int]) -> int:
@@ -143,6 +163,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if not self._in_step:
+            if func is torch.ops.aten.lift_fresh.default:  # ``torch.tensor(numbers)``
+                literal = self.recording.literal(result)
+                self._keep(result, lambda: self.recording.call(torch.clone, [literal], {}))
+                return result
             if func.namespace not in _SEEN or _depends_on_values(func, args):
                 self.refuse(str(func))
             self._record(func, args, kwargs, result)
@@ -215,11 +239,3 @@ def _depends_on_values(func: Any, args: Sequence[Any]) -> bool:
 
 def _list(*values: Any) -> list[Any]:
     return list(values)
-
-
-def _is_same(one: Any, other: Any) -> bool:
-    if one is other:
-        return True
-    if isinstance(one, torch.Tensor) or type(one) is not type(other):
-        return False
-    return bool(one == other)

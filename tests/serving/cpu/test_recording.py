@@ -63,7 +63,15 @@ def whole_steps(x: torch.Tensor, i: torch.Tensor) -> torch.Tensor:
     return y + torch.cat([left, right], dim=1)
 
 
-@pytest.mark.parametrize("function", [views_and_writes, lookup, whole_steps], ids=lambda f: f.__name__)
+def tensors_of_numbers(x: torch.Tensor, i: torch.Tensor) -> torch.Tensor:
+    scale, counts = torch.tensor(8**0.5), torch.tensor([1, 2, 3, 4])
+    counts[0] += 1
+    return x * scale * counts[:, None]
+
+
+@pytest.mark.parametrize(
+    "function", [views_and_writes, lookup, whole_steps, tensors_of_numbers], ids=lambda f: f.__name__
+)
 def test_the_same_bits(function: Callable[..., torch.Tensor]) -> None:
     found = reason_or_recording(function)
     assert not isinstance(found, str), found
@@ -124,6 +132,7 @@ def test_what_depends_on_values_is_not_taken(function: Callable[..., torch.Tenso
 def test_what_differs_is_not_taken() -> None:
     calls = iter(range(100))
     assert reason_or_recording(lambda x, i: x * next(calls)) == "they differ"
+    assert reason_or_recording(lambda x, i: x * torch.tensor(next(calls))) == "they differ"
     assert reason_or_recording(lambda x, i: x * 2 if next(calls) % 2 else x + 2) == "they differ"
 
 
