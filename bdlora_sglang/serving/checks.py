@@ -1,6 +1,7 @@
 """What cannot be served, found before any process starts: features, TP degrees that do not fit, grammar backends."""
 
 import json
+import socket
 import traceback
 from copy import deepcopy
 from dataclasses import dataclass
@@ -55,6 +56,18 @@ class ModelSizes:
         if not self._kv_heads_split(tp):
             return f"a divisor or a multiple of the model's {self.kv_heads} KV heads ({self.heads} attention heads)"
         return f"a divisor of the model's intermediate size {self.intermediate_size} ({self.heads} attention heads)"
+
+
+def check_address(host: str, port: int) -> None:
+    """Raise `BDLoRAError` unless a server can listen there.
+
+    SGLang would find that out after it has loaded the model, and take another server's answers there for its own.
+    """
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except (OSError, OverflowError) as error:
+        found = getattr(error, "strerror", None) or error
+        raise BDLoRAError(f"--host {host} --port {port}: found '{found}', expected an address to listen at") from error
 
 
 def check_tp(tp: int, sizes: ModelSizes) -> None:

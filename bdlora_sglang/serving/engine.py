@@ -14,7 +14,13 @@ from sglang.srt.utils import configure_logger
 
 from bdlora_sglang.errors import BDLoRAError
 from bdlora_sglang.serving.adapter_checks import check_adapters
-from bdlora_sglang.serving.checks import asks_for_lora, check_server_args, foreign_lora_backend, resolve
+from bdlora_sglang.serving.checks import (
+    asks_for_lora,
+    check_address,
+    check_server_args,
+    foreign_lora_backend,
+    resolve,
+)
 from bdlora_sglang.serving.cpu.cores import leave_ranks_alone
 from bdlora_sglang.serving.gate.masking import mask_log, secrets_of
 from bdlora_sglang.serving.gate.middleware import add_gate
@@ -98,6 +104,7 @@ def launch_server(server_args: ServerArgs, options: ServingOptions) -> None:
         sglang_launch_server(server_args)
         return
     _check(server_args, options)
+    check_address(server_args.host, server_args.port)
     if on_cpu_platform():
         leave_ranks_alone()
     mask_log(secrets_of(server_args))

@@ -1,6 +1,7 @@
 """What ``bdlora launch`` makes of its words, and what it refuses before any server starts."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -193,6 +194,22 @@ def test_the_command_line_ends_with_the_message_and_1(tmp_path: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert result.returncode == 1
     assert result.stderr.strip().splitlines()[-1].startswith("bdlora: --model no-such-model: found no such folder")
+
+
+def test_an_address_where_nobody_can_listen_ends_the_start(model: Path) -> None:
+    from bdlora_sglang.serving.checks import check_address
+
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        command = [sys.executable, "-m", "bdlora_cli.main", "launch", "--model", str(model), "--port", str(port)]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=200)
+        assert result.returncode == 1
+        message = f"bdlora: --host 127.0.0.1 --port {port}: found 'Address already in use', expected an address to"
+        assert result.stderr.strip().splitlines()[-1].startswith(message)
+    check_address("127.0.0.1", port)
+    for host, number in (("192.0.2.1", port), ("127.0.0.1", 70000), ("no.such.host.invalid", port)):
+        with pytest.raises(BDLoRAError, match=f"--host {host} --port {number}: found '.+', expected an address"):
+            check_address(host, number)
 
 
 def test_help_lists_the_short_names() -> None:
