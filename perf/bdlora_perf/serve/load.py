@@ -120,7 +120,7 @@ async def _drive(
     work = asyncio.ensure_future(_send_all(serving, target, warmups, requests, concurrency))
     while not work.done():
         await asyncio.wait([work], timeout=_POLL_SECONDS)
-        if not work.done() and not server_runs():
+        if not server_runs():
             work.cancel()
             with suppress(asyncio.CancelledError):
                 await work
