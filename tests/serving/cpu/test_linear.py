@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -55,6 +56,18 @@ def test_packing_is_undone_exactly(dtype: torch.dtype) -> None:
 def test_types_that_cannot_be_packed_stay() -> None:
     for weight in (torch.zeros(3, 4, dtype=torch.float16), torch.zeros(3, 4).to_mkldnn()):
         assert not linear.can_pack(weight)
+
+
+def test_a_tied_heads_packed_weight_stays_the_same_tensor() -> None:
+    """Recorded decode steps hold it; an update of the weights must reach them."""
+    layer, method = SimpleNamespace(weight=torch.randn(24, 16)), linear.PackedLogitsMethod()
+    method.process_weights_after_loading(layer)
+    packed, x = layer.packed_weight, torch.randn(5, 16)
+    method.restore_weights_before_loading(layer)
+    layer.weight.normal_()
+    method.process_weights_after_loading(layer)
+    assert layer.packed_weight is packed
+    torch.testing.assert_close(linear.packed_linear(x, packed, None), x @ layer.weight.T)
 
 
 @pytest.fixture(scope="module", params=[pytest.param("llama", marks=pytest.mark.full), "gemma"])  # tied embeddings
