@@ -66,7 +66,7 @@ def check_address(host: str, port: int) -> None:
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except (OSError, OverflowError) as error:
-        found = getattr(error, "strerror", None) or error
+        found = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
         raise BDLoRAError(f"--host {host} --port {port}: found '{found}', expected an address to listen at") from error
 
 
