@@ -20,7 +20,7 @@ from bdlora_sglang.serving.cpu.recording import one_step
 _QUERY_BLOCK = 512
 
 
-class BatchedAttention(TorchNativeAttnBackend):
+class CPUAttention(TorchNativeAttnBackend):
     """Takes over decoding and prefill of decoder layers; sliding windows, cross-attention and other forwards are
     SGLang's (``TorchNativeAttnBackend``)."""
 
@@ -52,14 +52,14 @@ class BatchedAttention(TorchNativeAttnBackend):
         save_kv_cache: bool = True,
         **options: Any,
     ) -> torch.Tensor:
-        keys, values = self._cached(layer)
-        if self._longest is None or not _is_plain(layer) or not can_attend(q, keys, values):
+        if self._longest is None or not _is_plain(layer) or not can_attend(q, *self._cached(layer)):
             return super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache, **options)
         self._save(k, v, layer, forward_batch, save_kv_cache)
         heads = layer.tp_k_head_num
         return attend(
             q.reshape(-1, heads, layer.tp_q_head_num // heads, layer.qk_head_dim),
-            *(keys, values, self.req_to_token_pool.req_to_token, forward_batch.req_pool_indices),
+            *self._cached(layer),
+            *(self.req_to_token_pool.req_to_token, forward_batch.req_pool_indices),
             *(forward_batch.seq_lens, self._longest, layer.scaling),
         )
 

@@ -60,6 +60,6 @@ class BDLoRACpuPlatform(CpuDeviceMixin, SRTPlatform):
 
 
 def _attention(model_runner: Any) -> Any:
-    from bdlora_sglang.serving.cpu.attention import BatchedAttention
+    from bdlora_sglang.serving.cpu.attention import CPUAttention
 
-    return BatchedAttention(model_runner)
+    return CPUAttention(model_runner)
