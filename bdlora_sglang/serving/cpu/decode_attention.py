@@ -4,14 +4,13 @@ Shape suffixes: T requests, H KV heads, G query heads of a KV head, L tokens of 
 keys, V of values, S places in the KV cache, R requests that there is room for, C tokens that each has room for.
 """
 
-import math
 from typing import Any
 
 import numpy as np
 import torch
 from numba import carray, njit
 
-from bdlora_kernels.compiled import FASTMATH, Loop, floats, halves, integers, narrow, part, short_integers, widen
+from bdlora_kernels.compiled import FASTMATH, Loop, exp, floats, halves, integers, narrow, part, short_integers, widen
 from bdlora_sglang.serving.cpu.loops import DTYPES
 
 
@@ -63,8 +62,19 @@ _ARGUMENTS = np.dtype(
 
 
 @njit(inline="always")
-def _row(values: Any, places_L: Any, place: int, args: Any, head: int) -> Any:
-    return values[(places_L[place] * args.heads + head) * args.value_size :]
+def _weigh(scores_L: Any, length: int) -> None:
+    """Softmax, in place."""
+    largest = scores_L[0]
+    for place in range(1, length):
+        largest = max(largest, scores_L[place])
+    total = np.float32(0)
+    for place in range(length):
+        weight = exp(scores_L[place] - largest)
+        scores_L[place] = weight
+        total += weight
+    scale = np.float32(1) / total
+    for place in range(length):
+        scores_L[place] *= scale
 
 
 @njit(fastmath=FASTMATH, error_model="numpy")
@@ -76,56 +86,44 @@ def _attend(args: Any, q: Any, keys: Any, values: Any, o: Any) -> None:
     scratch = floats(args.scratch, args.tokens * heads * own)
     scaling = np.float32(args.scaling)
     first, last = part(args.tokens * heads, 1)
-    for item in range(first, last):
-        token, head = item // heads, item % heads
+    # One request's heads at a time, as far as they are this thread's: side by side in the cache, they are one stream.
+    while first < last:
+        token, start = first // heads, first % heads
+        stop = min(heads, start + last - first)
         length = lengths[token]
         places_L = table[requests[token] * args.columns :]
-        sums_GV = scratch[item * own :]
-        scores_GL = sums_GV[per_head * value_size :]
-        for i in range(per_head * value_size):
-            sums_GV[i] = np.float32(0)
+        length - length % 4
         for place in range(length):
-            k_D = keys[(places_L[place] * heads + head) * size :]
+            for head in range(start, stop):
+                k_D = keys[(places_L[place] * heads + head) * size :]
+                scores_GL = scratch[(token * heads + head) * own + per_head * value_size :]
+                for query in range(per_head):
+                    q_D = q[((token * heads + head) * per_head + query) * size :]
+                    score = np.float32(0)
+                    for i in range(size):
+                        score += widen(q_D[i]) * widen(k_D[i])
+                    scores_GL[query * length + place] = score * scaling
+        for head in range(start, stop):
+            sums_GV = scratch[(token * heads + head) * own :]
             for query in range(per_head):
-                q_D = q[(item * per_head + query) * size :]
-                score = np.float32(0)
-                for i in range(size):
-                    score += widen(q_D[i]) * widen(k_D[i])
-                scores_GL[query * length + place] = score * scaling
-        for query in range(per_head):
-            scores_L = scores_GL[query * length :]
-            largest = scores_L[0]
-            for place in range(1, length):
-                largest = max(largest, scores_L[place])
-            total = np.float32(0)
-            for place in range(length):
-                weight = np.float32(math.exp(scores_L[place] - largest))
-                scores_L[place] = weight
-                total += weight
-            for place in range(length):
-                scores_L[place] /= total
-        # Four at once: the sums are read and written a quarter as often.
-        for place in range(0, length - length % 4, 4):
-            v_V, w_V = _row(values, places_L, place, args, head), _row(values, places_L, place + 1, args, head)
-            x_V, y_V = _row(values, places_L, place + 2, args, head), _row(values, places_L, place + 3, args, head)
-            for query in range(per_head):
-                weights_L = scores_GL[query * length + place :]
-                one, two, three, four = weights_L[0], weights_L[1], weights_L[2], weights_L[3]
-                sums_V = sums_GV[query * value_size :]
-                for i in range(value_size):
-                    sums_V[i] += (one * widen(v_V[i]) + two * widen(w_V[i])) + (
-                        three * widen(x_V[i]) + four * widen(y_V[i])
-                    )
-        for place in range(length - length % 4, length):
-            v_V = _row(values, places_L, place, args, head)
-            for query in range(per_head):
-                weight = scores_GL[query * length + place]
-                sums_V = sums_GV[query * value_size :]
-                for i in range(value_size):
-                    sums_V[i] += weight * widen(v_V[i])
-        o_GV = o[item * per_head * value_size :]
-        for i in range(per_head * value_size):
-            o_GV[i] = narrow(sums_GV[i], o[0])
+                _weigh(sums_GV[per_head * value_size + query * length :], length)
+            for i in range(per_head * value_size):
+                sums_GV[i] = np.float32(0)
+        for place in range(length):
+            for head in range(start, stop):
+                v_V = values[(places_L[place] * heads + head) * value_size :]
+                sums_GV = scratch[(token * heads + head) * own :]
+                for query in range(per_head):
+                    weight = sums_GV[per_head * value_size + query * length + place]
+                    sums_V = sums_GV[query * value_size :]
+                    for i in range(value_size):
+                        sums_V[i] += weight * widen(v_V[i])
+        for head in range(start, stop):
+            o_GV = o[(token * heads + head) * per_head * value_size :]
+            sums_GV = scratch[(token * heads + head) * own :]
+            for i in range(per_head * value_size):
+                o_GV[i] = narrow(sums_GV[i], o[0])
+        first += stop - start
 
 
 def _run(address: Any) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numba import carray, njit
 
-from bdlora_kernels.compiled import FASTMATH, Loop, floats, halves, integers, narrow, part, widen
+from bdlora_kernels.compiled import FASTMATH, Loop, exp, floats, halves, integers, narrow, part, widen
 from bdlora_sglang.serving.cpu.recording import one_step
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -37,22 +37,37 @@ def rms_norm(
 
 
 @one_step
+def silu_and_mul(x_TI: torch.Tensor) -> torch.Tensor:
+    """``silu(gate) * up`` of the gate and up that each token's features are: ``(T, I / 2)``."""
+    tokens, size = x_TI.shape[0], x_TI.shape[1] // 2
+    y_TI = x_TI.new_empty(tokens, size)
+    _silu_loop(x_TI.data_ptr(), y_TI.data_ptr(), tokens, size, x_TI.itemsize, work=x_TI.numel())
+    return y_TI
+
+
+@one_step
 def rotate(
-    positions_T: torch.Tensor, x_TI: torch.Tensor, head_size: int, cos_sin_PC: torch.Tensor, is_neox_style: bool
+    positions_T: torch.Tensor,
+    query_TI: torch.Tensor,
+    key_TI: torch.Tensor,
+    head_size: int,
+    cos_sin_PC: torch.Tensor,
+    is_neox_style: bool,
 ) -> None:
     """Rotary embedding in place, of the first C elements of each head.
 
     Args:
         positions_T: int64; not checked, as by SGLang's kernels.
-        x_TI: heads side by side; tokens may be apart.
+        query_TI, key_TI: heads side by side; tokens may be apart.
         cos_sin_PC: for each position C / 2 cosines, then as many sines.
         is_neox_style: element i is rotated with i + C / 2, else 2 i with 2 i + 1.
     """
-    tokens, features = x_TI.shape
+    both = query_TI, key_TI
     _rotate_loop(
-        *(positions_T.data_ptr(), x_TI.data_ptr(), tokens, x_TI.stride(0), features // head_size, head_size),
-        *(cos_sin_PC.data_ptr(), *cos_sin_PC.shape, is_neox_style, x_TI.itemsize),
-        work=x_TI.numel(),
+        *(positions_T.data_ptr(), len(positions_T), head_size, cos_sin_PC.data_ptr(), *cos_sin_PC.shape),
+        *(is_neox_style, query_TI.itemsize, *(x.data_ptr() for x in both), *(x.stride(0) for x in both)),
+        *(x.shape[1] // head_size for x in both),
+        work=sum(x.numel() for x in both),
     )
 
 
@@ -64,10 +79,12 @@ _RMS_NORM = np.dtype(
         ("epsilon", np.float64),
     ]
 )
+_SILU = np.dtype([(name, np.int64) for name in ("x", "y", "tokens", "size", "item_bytes")])
 _ROTATE = np.dtype(
     [
-        *((name, np.int64) for name in ("positions", "x", "tokens", "stride", "heads", "head_size")),
-        *((name, np.int64) for name in ("cos_sin", "num_positions", "rotated", "is_neox_style", "item_bytes")),
+        *((name, np.int64) for name in ("positions", "tokens", "head_size", "cos_sin", "num_positions", "rotated")),
+        *((name, np.int64) for name in ("is_neox_style", "item_bytes", "query", "key")),
+        *((name, np.int64) for name in ("query_stride", "key_stride", "query_heads", "key_heads")),
     ]
 )
 
@@ -110,7 +127,30 @@ def _run_rms_norm(address: Any) -> None:
 
 
 @njit(fastmath=FASTMATH, error_model="numpy")
-def _rotate(args: Any, x: Any, cos_sin: Any) -> None:
+def _silu(args: Any, x: Any, y: Any) -> None:
+    size = args.size
+    first, last = part(args.tokens * size, 16)
+    while first < last:  # a token at a time, as far as it is this thread's
+        token, start = first // size, first % size
+        stop = min(size, start + last - first)
+        gate_I, up_I, y_I = x[2 * token * size :], x[(2 * token + 1) * size :], y[token * size :]
+        for i in range(start, stop):
+            gate = widen(gate_I[i])
+            y_I[i] = narrow(gate / (np.float32(1) + exp(-gate)) * widen(up_I[i]), x[0])
+        first += stop - start
+
+
+def _run_silu(address: Any) -> None:
+    args = carray(address, (1,), _SILU)[0]
+    size = args.tokens * args.size
+    if args.item_bytes == 2:
+        _silu(args, halves(args.x, 2 * size), halves(args.y, size))
+    else:
+        _silu(args, floats(args.x, 2 * size), floats(args.y, size))
+
+
+@njit(fastmath=FASTMATH, error_model="numpy")
+def _rotate(args: Any, x: Any, stride: int, heads: int, cos_sin: Any) -> None:
     half = args.rotated // 2
     step, apart = (1, half) if args.is_neox_style != 0 else (2, 1)
     positions = integers(args.positions, args.tokens)
@@ -118,8 +158,8 @@ def _rotate(args: Any, x: Any, cos_sin: Any) -> None:
     for token in range(first, last):
         cos = cos_sin[positions[token] * args.rotated :]
         sin = cos[half:]
-        for head in range(args.heads):
-            x_D = x[token * args.stride + head * args.head_size :]
+        for head in range(heads):
+            x_D = x[token * stride + head * args.head_size :]
             other_D = x_D[apart:]
             for i in range(half):
                 one, other = widen(x_D[i * step]), widen(other_D[i * step])
@@ -129,12 +169,17 @@ def _rotate(args: Any, x: Any, cos_sin: Any) -> None:
 
 def _run_rotate(address: Any) -> None:
     args = carray(address, (1,), _ROTATE)[0]
-    size = args.tokens * args.stride
+    queries, keys = args.tokens * args.query_stride, args.tokens * args.key_stride
     if args.item_bytes == 2:
-        _rotate(args, halves(args.x, size), halves(args.cos_sin, args.num_positions * args.rotated))
+        cos_sin_16 = halves(args.cos_sin, args.num_positions * args.rotated)
+        _rotate(args, halves(args.query, queries), args.query_stride, args.query_heads, cos_sin_16)
+        _rotate(args, halves(args.key, keys), args.key_stride, args.key_heads, cos_sin_16)
     else:
-        _rotate(args, floats(args.x, size), floats(args.cos_sin, args.num_positions * args.rotated))
+        cos_sin = floats(args.cos_sin, args.num_positions * args.rotated)
+        _rotate(args, floats(args.query, queries), args.query_stride, args.query_heads, cos_sin)
+        _rotate(args, floats(args.key, keys), args.key_stride, args.key_heads, cos_sin)
 
 
 _rms_norm_loop = Loop(_run_rms_norm, _RMS_NORM)
+_silu_loop = Loop(_run_silu, _SILU)
 _rotate_loop = Loop(_run_rotate, _ROTATE)

@@ -1,4 +1,4 @@
-"""Compiled norms and rotary embeddings against SGLang's own, and against float64."""
+"""Compiled norms, activations and rotary embeddings against SGLang's own, and against float64."""
 
 from itertools import product
 from multiprocessing import get_context
@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from sglang.srt.layers.activation import SiluAndMul
 from sglang.srt.layers.layernorm import RMSNorm
 from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
 
@@ -65,6 +66,43 @@ def test_what_is_left_to_sglang(options: dict[str, Any]) -> None:
     with torch.inference_mode():
         found, native = fused_ops._rms_norm(norm, x, residual), norm.forward_native(x, residual)
     assert all(torch.equal(mine, own) for mine, own in zip(found, native, strict=True))
+
+
+def test_what_layers_hand_on_without_a_value_is_no_reason_to_leave_it_to_sglang(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    norm, x = RMSNorm(8), torch.randn(3, 8)
+    monkeypatch.setattr(norm, "forward_native", None)
+    with torch.inference_mode():
+        found = fused_ops._rms_norm(norm, x, x, None, quant_linear=None)
+        assert all(torch.equal(a, b) for a, b in zip(found, fused_ops._rms_norm(norm, x, x), strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(0, 8), (1, 2), (1, 40000), (3, 70), (700, 134)], ids=str)
+def test_silu_and_mul(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    activation = SiluAndMul()
+    x = (8 * torch.randn(shape, generator=torch.Generator().manual_seed(shape[0]))).to(dtype)
+    before = x.clone()
+    with torch.inference_mode():
+        found, native = fused_ops._silu_and_mul(activation, x), activation.forward_native(x)
+    gate, up = x.double().chunk(2, dim=-1)
+    assert torch.equal(x, before) and found.is_contiguous()
+    assert_as_close(found, native, gate * gate.sigmoid() * up)
+
+
+def test_silu_of_what_is_large_or_no_number() -> None:
+    gate = torch.tensor([float("nan"), float("inf"), float("-inf"), -1e4, 1e4, -89, -88.5, 88.5, -0.0, 0.0])
+    x = torch.cat([gate, torch.ones_like(gate)])[None]
+    with torch.inference_mode():
+        found, native = fused_ops._silu_and_mul(SiluAndMul(), x), SiluAndMul().forward_native(x)
+    torch.testing.assert_close(found, native, equal_nan=True)
+
+
+@pytest.mark.parametrize("x", [torch.randn(3, 8).double(), torch.randn(2, 3, 8), torch.randn(3, 16)[:, ::2]])
+def test_activations_that_are_left_to_sglang(x: torch.Tensor) -> None:
+    with torch.inference_mode():
+        assert torch.equal(fused_ops._silu_and_mul(SiluAndMul(), x), SiluAndMul().forward_native(x))
 
 
 def check_rotary() -> None:
