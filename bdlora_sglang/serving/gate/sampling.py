@@ -8,7 +8,8 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 
 from bdlora_sglang.serving.gate.bounds import LOGIT_BIAS, MAX_PROMPTS, SAMPLING, Range
 from bdlora_sglang.serving.gate.errors import RequestError
-from bdlora_sglang.serving.gate.grammars import check_grammars, check_stop_regex
+from bdlora_sglang.serving.gate.grammars import check_grammars
+from bdlora_sglang.serving.gate.stop_regex import check_patterns
 
 # SGLang: "Internal fields (populated by __post_init__ or normalize(), not API-facing)". Its OpenAI endpoints set
 # ``ebnf_full_assistant`` themselves. ``watermark`` is read by rules of its own.
@@ -46,8 +47,7 @@ def _check_one(params: object, vocab_size: int, place: str) -> None:
             SAMPLING[name].check(field, value)
     _check_tokens(params, vocab_size, place)
     check_grammars(params, place)
-    for pattern in _listed(params.get("stop_regex")):
-        check_stop_regex(f"{place}.stop_regex", pattern)
+    check_patterns(f"{place}.stop_regex", _listed(params.get("stop_regex")))
     for word in _listed(params.get("stop")):
         if not word:
             raise RequestError(f"{place}.stop", word, "at least one character")

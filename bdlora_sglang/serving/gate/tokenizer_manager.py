@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, suppress
-from functools import partial
+from functools import cached_property, partial
 from http import HTTPStatus
 from typing import Any
 
@@ -21,6 +21,7 @@ from sglang.srt.managers.io_struct import (
     TokenizedGenerateReqInput,
 )
 from sglang.srt.runtime_context import get_exec, get_observability
+from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import PortArgs, ServerArgs
 
 from bdlora_sglang.serving.gate.adapters import AdapterKeeper
@@ -31,6 +32,7 @@ from bdlora_sglang.serving.gate.metrics import exposition, state_families
 from bdlora_sglang.serving.gate.requests import Served, check_request
 from bdlora_sglang.serving.gate.sampling import check_params
 from bdlora_sglang.serving.gate.scheduler import ADAPTERS_NOW
+from bdlora_sglang.serving.gate.stop_regex import check_search
 from bdlora_sglang.serving.gate.tokenized import check_tokenized
 from bdlora_sglang.serving.hardware import on_cpu_platform
 from bdlora_sglang.serving.options import GateOptions
@@ -101,7 +103,22 @@ class GatedTokenizerManager(AdapterKeeper):
             # own, no key of a client can read the prefixes of an adapter.
             tokenized.extra_key = f"{extra_key}\x1f"
         check_tokenized(tokenized, self.model_config.vocab_size, self.model_config.hidden_size)
+        params = getattr(tokenized, "sampling_params", None)
+        if params is not None and params.stop_regex_strs:
+            self._check_search(params)
         return tokenized
+
+    def _check_search(self, params: SamplingParams) -> None:
+        """Of the tokens that SGLang searches (``Req.tail_str``)."""
+        tokens = self.context_len if params.max_new_tokens is None else params.max_new_tokens
+        longest_match = max(params.stop_regex_max_len, params.stop_str_max_len) + 1
+        patterns = params.stop_regex_strs
+        check_search("sampling_params.stop_regex", patterns, min(tokens, longest_match), self._longest_token)
+
+    @cached_property
+    def _longest_token(self) -> int:
+        """Characters; of a byte-level vocabulary bytes, which are as many at least."""
+        return max(map(len, self.tokenizer.get_vocab()))
 
     async def _handle_abort_finish_reason(self, out: dict[Any, Any], state: Any, is_stream: bool) -> Any:
         reason = out["meta_info"]["finish_reason"]

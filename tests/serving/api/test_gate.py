@@ -66,7 +66,7 @@ WRONG_SAMPLING: dict[str, list[Any]] = {
     "logit_bias": [{"x": 1}, {"-1": 1}, {"1000000": 1}, {"5": 1e300}, {"5": "x"}, {"1_0": 1}, [1]],
     "stop_token_ids": [[-1], [10**6], ["x"], 5, [2**40]],
     "stop": [[""], 5, [5], [["a"]], ["x"] * 100],
-    "stop_regex": ["(", "(a+)+$", "(a|b*)*c", r"(a)\1", 5],
+    "stop_regex": ["(", "(a+)+$", "(a|aa)+$", "a?" * 60 + "a" * 60, r"(a)\1", ["a"] * 33, "a" * 257, 5],
     "stream_interval": [0, -1],
     "sampling_seed": [2**63, "x"],
     "custom_params": [{"a": [[1]]}, 5],
