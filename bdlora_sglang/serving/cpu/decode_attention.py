@@ -92,7 +92,6 @@ def _attend(args: Any, q: Any, keys: Any, values: Any, o: Any) -> None:
         stop = min(heads, start + last - first)
         length = lengths[token]
         places_L = table[requests[token] * args.columns :]
-        length - length % 4
         for place in range(length):
             for head in range(start, stop):
                 k_D = keys[(places_L[place] * heads + head) * size :]
