@@ -5,7 +5,7 @@ the same operators. SGLang's seams: ``SRTPlatform.post_load_model`` swaps the la
 ``restore_weights_before_loading`` and ``process_weights_after_loading`` bracket every update of the weights.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,7 +42,7 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
 
 
 def packed_linear(
-    x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, few_rows: torch.Tensor | None = None
+    x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, few_rows: Sequence[torch.Tensor] | None = None
 ) -> torch.Tensor:
     """``x @ packed.T + bias`` for ``x`` of ``(..., inputs)``; ``few_rows`` may be `room_for_few_rows`, used again."""
     assert _product is not None, "`can_pack` is asked first"
@@ -51,16 +51,20 @@ def packed_linear(
         return x.new_zeros(*x.shape[:-1], packed.shape[0])
     if rows >= _FEWEST_ROWS:
         return _product(x, packed, bias, "none", [], "")
-    padded = room_for_few_rows(packed) if few_rows is None else few_rows
-    padded[:rows] = x.view(rows, -1) if x.dim() != 2 else x
-    output = _product(padded, packed, bias, "none", [], "")[:rows]
+    room = room_for_few_rows(packed) if few_rows is None else few_rows
+    room[rows].copy_(x.view(rows, -1) if x.dim() != 2 else x)
+    output = _product(room[0], packed, bias, "none", [], "")[:rows]
     return output if x.dim() == 2 else output.view(*x.shape[:-1], -1)
 
 
-def room_for_few_rows(weight: torch.Tensor) -> torch.Tensor:
-    """Where the inputs of a layer are padded; what is left there by an earlier call does no harm."""
+def room_for_few_rows(weight: torch.Tensor) -> list[torch.Tensor]:
+    """Where a layer's inputs are padded: whole, and its first row, two and three, as slicing costs as much as copying.
+
+    What is left there by an earlier call does no harm.
+    """
     with torch.inference_mode(False):  # or it could not be written to outside of that mode
-        return torch.zeros(_FEWEST_ROWS, weight.shape[1], dtype=weight.dtype)
+        whole = torch.zeros(_FEWEST_ROWS, weight.shape[1], dtype=weight.dtype)
+        return [whole, *(whole[:rows] for rows in range(1, _FEWEST_ROWS))]
 
 
 class PackedLinearMethod(UnquantizedLinearMethod):
