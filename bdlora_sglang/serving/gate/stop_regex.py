@@ -75,7 +75,7 @@ def search_steps(pattern: str, chars: int) -> float:
     search = _Search(chars, plain=not parsed.state.flags & ~_PLAIN_FLAGS)
     try:
         ways = math.exp(search.ways(list(parsed), is_end=True))
-        return chars * search.longest * ways
+        return chars * search.longest * ways if chars else 0
     except OverflowError:
         return math.inf
 

@@ -1,6 +1,5 @@
 """The bound on what a search may cost, against Python's ``re`` as it counts by its time, and by hand."""
 
-import math
 import re
 import time
 
@@ -70,7 +69,7 @@ def test_patterns_share_the_bound_and_its_message_says_what_to_do() -> None:
 
 
 def test_no_text_costs_nothing() -> None:
-    assert search_steps("(a+)+$", 0) < math.inf
+    assert search_steps("(a+)+$", 0) == search_steps(r"(a)\1", 0) == 0
 
 
 @pytest.mark.parametrize("pattern", ["(", "(?P<a", "a**", "[", "(" * 120])
