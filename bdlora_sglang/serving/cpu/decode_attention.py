@@ -62,8 +62,8 @@ _ARGUMENTS = np.dtype(
 
 
 @njit(inline="always")
-def _weigh(scores_L: Any, length: int) -> None:
-    """Softmax, in place."""
+def _softmax(scores_L: Any, length: int) -> None:
+    """In place, of the first ``length``."""
     largest = scores_L[0]
     for place in range(1, length):
         largest = max(largest, scores_L[place])
@@ -105,7 +105,7 @@ def _attend(args: Any, q: Any, keys: Any, values: Any, o: Any) -> None:
         for head in range(start, stop):
             sums_GV = scratch[(token * heads + head) * own :]
             for query in range(per_head):
-                _weigh(sums_GV[per_head * value_size + query * length :], length)
+                _softmax(sums_GV[per_head * value_size + query * length :], length)
             for i in range(per_head * value_size):
                 sums_GV[i] = np.float32(0)
         for place in range(length):
