@@ -112,15 +112,15 @@ class _SlotTable:
 
 
 class ShrinkTable(_SlotTable):
-    """For each slot, the blocks of at most ``block_rank`` rows of A that its tokens are multiplied with."""
+    """For each slot, the blocks of at most ``block_rank`` rows of A that its tokens are multiplied with.
 
-    @property
-    def row_programs(self) -> int:
-        """Programs that share the blocks of a slot: as many as there are where all slices read the same inputs.
+    ``row_programs`` share them, as many as a usual slot has where all its slices read the same inputs. Where there are
+    more, of an adapter with more ranks or more blocks than TP ranks (which read less each), a program does several.
+    """
 
-        More blocks read less each (the blocks of an adapter with more blocks than ranks): a program does several.
-        """
-        return min(-(-self.capacity // self.block_rank), _MAX_ROW_PROGRAMS)
+    def __init__(self, entries_SEF: torch.Tensor, usual_ranks: int) -> None:
+        super().__init__(entries_SEF, _block_rank(usual_ranks, _MAX_SHRINK_BLOCK))
+        self.row_programs = min(-(-usual_ranks // self.block_rank), _MAX_ROW_PROGRAMS)
 
     def pack_into(
         self, buffer: bytearray, first: int, groups: Sequence[ShrinkGroup], b: tuple[int, int] = (0, 0)
@@ -184,20 +184,27 @@ class SliceTables:
             entries_SEF: rows may lie apart.
             usual_rank: rank of a slice; larger ones are served in several steps.
             h_size: largest sum of the ranks of a slot, however many slices they are of.
-            usual_ranks: that sum for most adapters; others are served in more programs. Without it, ``h_size``.
+            usual_ranks: that sum for most adapters; larger ones are served in several steps. Without it, ``h_size``.
             gathered: TP ranks whose shrink outputs B takes.
         """
         shrink_SEF, expand_SEF = entries_SEF[:, : 1 + h_size], entries_SEF[:, 1 + h_size :]
-        shrink = ShrinkTable(shrink_SEF, _block_rank(usual_ranks or h_size, _MAX_SHRINK_BLOCK))
+        shrink = ShrinkTable(shrink_SEF, usual_ranks or h_size)
         return cls(shrink, ExpandTable(expand_SEF, gathered * usual_rank, gathered), h_size)
 
     @classmethod
     def allocate(
-        cls, num_slots: int, usual_rank: int, h_size: int, device: torch.device, gathered: int = 1
+        cls,
+        num_slots: int,
+        usual_rank: int,
+        h_size: int,
+        device: torch.device,
+        usual_ranks: int | None = None,
+        gathered: int = 1,
     ) -> "SliceTables":
-        """Empty tables of one layer alone."""
+        """Empty tables of one layer alone, with what `on` takes."""
         shape = num_slots, cls.entries_per_slot(h_size), ENTRY_FIELDS
-        return cls.on(torch.zeros(shape, dtype=torch.int32, device=device), usual_rank, h_size, gathered=gathered)
+        zeros_SEF = torch.zeros(shape, dtype=torch.int32, device=device)
+        return cls.on(zeros_SEF, usual_rank, h_size, usual_ranks, gathered)
 
     def pack_into(self, buffer: bytearray, first: int, slices: Sequence[Slice]) -> None:
         """Write a slot's part from entry ``first`` of a host buffer on; no slices: its tokens are left alone.

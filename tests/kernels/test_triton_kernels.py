@@ -59,8 +59,9 @@ def check(
     inputs: int = INPUTS,
     outputs: int = OUTPUTS,
     block_tokens: int = 16,
+    usual_ranks: int | None = None,
 ) -> None:
-    layer = make_layer(by_slot, dtype)
+    layer = make_layer(by_slot, dtype, usual_ranks=usual_ranks)
     x_TI, y_TO = random_tokens(requests, inputs, outputs, dtype)
     tokens = len(x_TI)
     segments = segment_table(requests, len(by_slot), block_tokens)
@@ -106,6 +107,12 @@ def test_rank(rank: int, configuration: Configuration | None) -> None:
     """Beside rank 3 in the same launch."""
     by_slot = [[Window(range(40), range(24), rank)], [Window(range(40), range(24), 3)]]
     check(by_slot, [(1, 2), (0, 3)], DTYPES[rank % 3], configuration, 40, 24)
+
+
+@each_configuration
+def test_larger_adapters_than_usual(configuration: Configuration) -> None:
+    """In blocks one after the other: the launch has one program for the rows of a tile."""
+    check([*MIXED, whole(100)], [(5, 20), (0, 3), (1, 1), (5, 1), (3, 7)], torch.float32, configuration, usual_ranks=8)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 15, 16, 17, 31, 63, 64, 65, 127, 255, 256, 257, 1001, 4096])

@@ -57,8 +57,10 @@ class Layer:
     unpacked: list[list[UnpackedSlice]] = field(repr=False)
 
 
-def make_layer(by_slot: Sequence[list[Window]], dtype: torch.dtype, seed: int = 0) -> Layer:
-    return _layer_of(*make_packed(by_slot, dtype, seed), dtype)
+def make_layer(
+    by_slot: Sequence[list[Window]], dtype: torch.dtype, seed: int = 0, usual_ranks: int | None = None
+) -> Layer:
+    return _layer_of(*make_packed(by_slot, dtype, seed), dtype, usual_ranks=usual_ranks)
 
 
 def make_sharded_layer(
@@ -93,7 +95,11 @@ def cut(size: int, parts: int, index: int) -> slice:
 
 
 def _layer_of(
-    packed: Sequence[PackedFactors | None], unpacked: list[list[UnpackedSlice]], dtype: torch.dtype, gathered: int = 1
+    packed: Sequence[PackedFactors | None],
+    unpacked: list[list[UnpackedSlice]],
+    dtype: torch.dtype,
+    gathered: int = 1,
+    usual_ranks: int | None = None,
 ) -> Layer:
     room = (torch.empty(len(packed), elements, dtype=dtype, device=DEVICE) for elements in slot_elements(packed))
     factors = LayerFactors(*room, slices=[()] * len(packed))
@@ -104,6 +110,7 @@ def _layer_of(
         usual_rank=parts[-1].rank,  # others may be larger, or smaller
         h_size=max(sum(part.rank for part in slices) for slices in factors.slices),
         device=DEVICE,
+        usual_ranks=usual_ranks,
         gathered=gathered,
     )
     for slot, slices in enumerate(factors.slices):

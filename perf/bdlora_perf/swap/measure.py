@@ -57,7 +57,10 @@ def measure_swap(options: SwapOptions, doing: Callable[[str], None]) -> Report:
         for round_ in range(1, options.rounds + 1):
             for system in options.systems:
                 doing(f"preparing batches: round {round_} of {options.rounds}, {system}")
-                run.samples += prepare_batches(system, round_, surroundings[system])
+                try:
+                    run.samples += prepare_batches(system, round_, surroundings[system])
+                except BDLoRAError as error:
+                    run.add(failure_of(system, {}, error))
         for tp in options.tps:
             _measure_tp(options, tp, surroundings, run, doing)
     return _report(options, run)

@@ -56,7 +56,8 @@ def measure(requests: int) -> dict[str, float]:
     from bdlora_sglang.serving.backend import BDLoRABackend
     from bdlora_sglang.serving.kernels import choose_kernels
 
-    kernels: Any = choose_kernels(torch.device("cpu"), _SLOTS, exchanges=False)
+    # By place: in older checkouts the argument has another name.
+    kernels: Any = choose_kernels(torch.device("cpu"), _SLOTS, False)
     kernels.reserve_decode_graphs(max(REQUESTS))
     backend: Any = BDLoRABackend(_SLOTS, torch.device("cpu"))
     backend.use(None, kernels)
