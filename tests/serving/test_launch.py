@@ -1,5 +1,6 @@
 """What ``bdlora launch`` makes of its words, and what it refuses before any server starts."""
 
+import json
 import os
 import socket
 import subprocess
@@ -48,6 +49,38 @@ def test_the_machines_defaults_give_way_to_the_user(model: Path) -> None:
     args = server_args(model, 1, [], ["--max-total-tokens", "99", "--attention-backend=torch_native"])
     assert args.max_total_tokens == 99
     assert server_args(model, 1, [], []).max_total_tokens != 99
+
+
+@pytest.mark.parametrize(
+    ("own", "flags", "resolved"),
+    [
+        ("float32", [], "float32"),
+        (None, [], "float32"),
+        ("float32", ["--dtype", "float16"], "float16"),
+        ("bfloat16", [], "bfloat16"),
+        ("float16", [], "float16"),
+        ("float16", ["--dtype", "bfloat16"], "bfloat16"),
+    ],
+)
+def test_a_cpu_keeps_a_models_own_type(
+    model: Path, tmp_path: Path, own: str | None, flags: list[str], resolved: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """SGLang's default would make float16 of float32, which nothing here is fast with."""
+    from sglang.srt.arg_groups.overrides import model_config_of
+
+    from bdlora_sglang.serving.checks import check_server_args, logger, resolve
+
+    config = json.loads((model / "config.json").read_text()) | {"dtype": own}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    args = server_args(tmp_path, 1, [], flags)
+    resolve(args)
+    logger.addHandler(caplog.handler)  # SGLang replaces those of the root
+    try:
+        check_server_args(args)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert str(model_config_of(args).dtype) == f"torch.{resolved}"
+    assert ("--dtype: found float16" in caplog.text) == (resolved == "float16")
 
 
 def test_a_folder_of_adapters(zoo: Zoo, model: Path, adapter: Path) -> None:
