@@ -9,6 +9,7 @@ import typer
 
 from bdlora_cli.perf_output import (
     SYNTHETIC,
+    Dtype,
     Force,
     HiddenSize,
     Layers,
@@ -21,8 +22,8 @@ from bdlora_cli.perf_output import (
     check_output,
     finish,
     model_folder,
+    server_dtype,
 )
-from bdlora_sglang.errors import BDLoRAError
 
 
 def collectives(
@@ -36,7 +37,7 @@ def collectives(
     input_len: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 32,
     decode_steps: Annotated[int, typer.Option(min=1, help="Decode forwards of a round.")] = 8,
     rank: Annotated[int, typer.Option(min=1, help="r, the rank of plain LoRA.")] = 16,
-    dtype: Annotated[str | None, typer.Option(help="Of the server. Default: float32 on a CPU, else bfloat16.")] = None,
+    dtype: Dtype = None,
     rounds: Annotated[int, typer.Option(min=1, help="Profiles of each system.")] = 5,
     seed: Seed = 0,
     output: Output = Path("perf-collectives"),
@@ -56,9 +57,6 @@ def collectives(
     from bdlora_perf.serve.systems import choose_systems
 
     has_gpu = torch.accelerator.is_available()
-    dtype = dtype or ("bfloat16" if has_gpu else "float32")
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise BDLoRAError(f"--dtype: found {dtype!r}, expected float32, bfloat16 or float16")
     path = model_folder(model, work, hidden_size, layers, seed)
     options = CollectivesOptions(
         model=path,
@@ -70,7 +68,7 @@ def collectives(
         rank=rank,
         rounds=rounds,
         seed=seed,
-        dtype=dtype,
+        dtype=server_dtype(dtype, has_gpu),
         server_flags=tuple(server_flags or ()),
         work=work,
         command=shlex.join(["bdlora", *sys.argv[1:]]),

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from bdlora_perf.report.schema import Report
 
 SYNTHETIC = "synthetic"
+_DTYPES = ("float32", "bfloat16", "float16")
 
 ServerFlags = Annotated[
     list[str] | None,
@@ -31,6 +32,7 @@ Systems = Annotated[list[str] | None, typer.Option(help="Systems to start, comma
 Before = Annotated[
     Path | None, typer.Option(metavar="CHECKOUT", help="Another checkout of this project, to measure beside it.")
 ]
+Dtype = Annotated[str | None, typer.Option(help="Of every server. Default: float32 on a CPU, else bfloat16.")]
 Seed = Annotated[int, typer.Option(help="Of the model, the adapters, the prompts and their order.")]
 Output = Annotated[Path, typer.Option(help="Folder for the report.")]
 Work = Annotated[Path, typer.Option(help="Folder for models, adapters and logs, used again.")]
@@ -69,6 +71,15 @@ def check_output(folder: Path, force: bool) -> None:
         raise BDLoRAError(
             f"--output {folder}: found {error.strerror}, expected a folder that can be written"
         ) from error
+
+
+def server_dtype(given: str | None, has_gpu: bool) -> str:
+    """Of every server that is measured; raises `BDLoRAError` for a type that a base model is not served in."""
+    # By default a float32 model is served in float16 on a GPU, and older checkouts do so on a CPU, which is slow at it.
+    dtype = given or ("bfloat16" if has_gpu else "float32")
+    if dtype not in _DTYPES:
+        raise BDLoRAError(f"--dtype: found {dtype!r}, expected {', '.join(_DTYPES[:-1])} or {_DTYPES[-1]}")
+    return dtype
 
 
 def flags_beside_others(flags: Sequence[str] | None, has_gpu: bool) -> list[str]:

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from bdlora_cli.perf_output import (
     SYNTHETIC,
+    Dtype,
     Force,
     HiddenSize,
     Layers,
@@ -25,6 +26,7 @@ from bdlora_cli.perf_output import (
     finish,
     flags_beside_others,
     model_folder,
+    server_dtype,
 )
 from bdlora_perf.serve.trace import read_trace
 from bdlora_perf.serve.workload import DISTRIBUTIONS, PRESETS, Distribution, Preset
@@ -105,9 +107,7 @@ def serve(
         int, typer.Option(min=1, help="With one server at a time: rounds before it makes room for the next.")
     ] = 1,
     seed: Seed = 0,
-    dtype: Annotated[
-        str | None, typer.Option(help="Of every server. Default: float32 on a CPU, else bfloat16.")
-    ] = None,
+    dtype: Dtype = None,
     kv_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of every server's KV cache.")] = None,
     keep_servers: Annotated[
         bool | None,
@@ -191,8 +191,7 @@ def serve(
         rounds=rounds or chosen.rounds,
         bounds=bounds,
         keep_servers=keep_servers,
-        # SGLang would serve a float32 model in float16, which CPUs are slow at.
-        dtype=dtype or ("bfloat16" if has_gpu else "float32"),
+        dtype=server_dtype(dtype, has_gpu),
         server_flags=flags_beside_others(server_flags, has_gpu or not keep_servers),
         seed=seed,
         # vLLM and servers of another checkout run elsewhere.

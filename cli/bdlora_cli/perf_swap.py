@@ -10,6 +10,7 @@ import typer
 from bdlora_cli.perf_output import (
     SYNTHETIC,
     Before,
+    Dtype,
     Force,
     HiddenSize,
     Layers,
@@ -22,6 +23,7 @@ from bdlora_cli.perf_output import (
     finish,
     flags_beside_others,
     model_folder,
+    server_dtype,
 )
 
 
@@ -38,6 +40,7 @@ def swap(
     loads: Annotated[int, typer.Option(min=1, help="Adapters loaded in a turn, alone and beside a stream.")] = 20,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each system at each point.")] = 3,
     before: Before = None,
+    dtype: Dtype = None,
     seed: Seed = 0,
     output: Output = Path("perf-swap"),
     work: Work = Path(".perf"),
@@ -57,6 +60,7 @@ def swap(
     from bdlora_perf.swap.measure import measure_swap
     from bdlora_perf.swap.plan import LORA, SwapOptions
 
+    has_gpu = torch.accelerator.is_available()
     tps, ranks = list(dict.fromkeys(tp or (1, 2))), sorted(set(rank or (8, 64)))
     path = model_folder(model, work, hidden_size, layers, seed)
     shape = shape_of(path)
@@ -73,7 +77,8 @@ def swap(
         rounds=rounds,
         seed=seed,
         before=before,
-        server_flags=flags_beside_others(server_flags, torch.accelerator.is_available()),
+        dtype=server_dtype(dtype, has_gpu),
+        server_flags=flags_beside_others(server_flags, has_gpu),
         work=work,
         command=shlex.join(["bdlora", *sys.argv[1:]]),
     )

@@ -176,7 +176,12 @@ def _report(options: SwapOptions, run: Run) -> Report:
         kind="swap",
         title="Swapping adapters",
         **run.head(),
-        settings={"model": options.model, "loads of a turn": options.loads, "rounds": options.rounds},
+        settings={
+            "model": options.model,
+            "dtype": options.dtype,
+            "loads of a turn": options.loads,
+            "rounds": options.rounds,
+        },
         systems={
             system: System(
                 label="This checkout" if system == NOW else "Before",

@@ -24,6 +24,7 @@ class SwapOptions:
         tps, ranks: the points; r of plain LoRA, BD-LoRA gets 2r in a block for each rank.
         loads: adapters that are loaded, used and unloaded in a turn.
         before: another checkout of this project, or None.
+        dtype: of every server.
         server_flags: of ``bdlora launch``, for every server, after our own.
         work: folder for adapters and logs.
         command: what the user typed, for the report.
@@ -37,6 +38,7 @@ class SwapOptions:
     rounds: int
     seed: int
     before: Path | None
+    dtype: str
     server_flags: Sequence[str]
     work: Path
     command: str
@@ -84,6 +86,7 @@ def launch_flags(options: SwapOptions, tp: int) -> list[str]:
     largest = make_adapter(options, tp, max(options.ranks))
     return [
         *("--model", str(model.resolve()) if model.exists() else options.model, "--tp", str(tp)),
+        *("--dtype", options.dtype),
         *("--adapters", f"largest={largest.folder}", "--max-loras-per-batch", str(_SLOTS)),
         *("--disable-radix-cache", "--max-running-requests", "8", *LORA.flags),
         *options.server_flags,

@@ -59,6 +59,7 @@ def test_systems_take_turns() -> None:
         rounds=2,
         seed=0,
         before=Path("older"),
+        dtype="float32",
         server_flags=[],
         work=Path(),
         command="",
