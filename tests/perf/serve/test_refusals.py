@@ -68,6 +68,10 @@ def refusal(*arguments: object) -> str:
             ["--start", "vllm", "--layers", "1", "--vllm-environment", "/no"],
             "--vllm-environment /no: found no bin/vllm",
         ),
+        (
+            ["--dtype", "int8", "--hidden-size", "512", "--layers", "1"],
+            "--dtype: found 'int8', expected float32, bfloat16 or float16",
+        ),
         (["--trace", "no.jsonl"], "--trace no.jsonl: found No such file"),
         (["--resume"], "/report: found No such file"),
     ],
