@@ -5,6 +5,7 @@ adapter, or that one has failed, its scheduler sends `FinishAdapterLoad` down th
 read in the same order: so each takes the adapter over at the same point, and no step has a collective more than before.
 """
 
+import ctypes
 import logging
 import os
 import sys
@@ -98,6 +99,7 @@ class AdapterLoader(Generic[T]):
         with suppress(OSError, AttributeError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         sys.setswitchinterval(_SWITCH_SECONDS)
+        _use_one_thread()
         self._start_thread()
         while True:
             job = self._jobs.get()
@@ -106,6 +108,18 @@ class AdapterLoader(Generic[T]):
             # Loads report what went wrong themselves; this thread must live on for those to come.
             except Exception:
                 logger.exception("A job beside the forwards has failed")
+
+
+def _use_one_thread() -> None:
+    """Let PyTorch's operators run on the calling thread alone.
+
+    Each thread that calls them has an OpenMP pool of its own. With a second one there are more threads than cores, and
+    then libgomp lets those of the first sleep after each operator of a forward, which must wake them for the next.
+    """
+    torch.get_num_threads()  # the first call in a thread sets its number
+    with suppress(AttributeError):  # not with every build of PyTorch
+        # For this thread; `torch.set_num_threads` would tell MKL for all of them.
+        ctypes.CDLL(None).omp_set_num_threads(1)
 
 
 def gather_errors(ranks: list[int]) -> AllGather:

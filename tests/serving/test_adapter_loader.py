@@ -173,3 +173,16 @@ def test_a_cpu_needs_no_events() -> None:
     guard.read_by_next_forward([0])
     guard.forward_launched()
     guard.before_write(0)
+
+
+def test_the_reader_leaves_the_forward_its_threads() -> None:
+    """PyTorch's operators have a pool for each thread that calls them: the reader's would be a second one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        loader = AdapterLoader[int](lambda error: [error])
+        loader.start("a", None, torch.get_num_threads)
+        assert loader.take(FinishAdapterLoad("a"))[1].result() == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
