@@ -198,8 +198,8 @@ class SliceTables:
         usual_rank: int,
         h_size: int,
         device: torch.device,
-        usual_ranks: int | None = None,
         gathered: int = 1,
+        usual_ranks: int | None = None,
     ) -> "SliceTables":
         """Empty tables of one layer alone, with what `on` takes."""
         shape = num_slots, cls.entries_per_slot(h_size), ENTRY_FIELDS
