@@ -25,6 +25,8 @@ class TokenStream:
         self.times: list[float] = []
         self._started, self._stopped = threading.Event(), threading.Event()
         self._response = requests.post(f"{url}/generate", json=body, stream=True, timeout=_FIRST_SECONDS)
+        if self._response.status_code != 200:
+            raise BDLoRAError(f"{url}: found status {self._response.status_code} ({self._response.text}), expected 200")
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
         if not self._started.wait(_FIRST_SECONDS):
