@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from bdlora_sglang.adapter.adapter import Adapter, LoRAModule
+from bdlora_sglang.adapter.checkpoint import all_finite
 from bdlora_sglang.adapter.config import BlockSide
 from bdlora_sglang.errors import AdapterError
 
@@ -123,7 +124,7 @@ def read_window(adapter: Adapter, name: str, rows: range, columns: range, dtype:
     """``checkpoint[name][rows, columns]`` as ``dtype``; raises `AdapterError` like `read_slice`."""
     stored = adapter.checkpoint.read(name, rows, columns)
     tensor = stored.to(dtype)
-    if stored.dtype != dtype and not torch.isfinite(tensor).all():
+    if torch.finfo(stored.dtype).max > torch.finfo(dtype).max and not all_finite(tensor):
         largest = stored.abs().max().item()
         raise AdapterError(
             adapter.checkpoint.source, f"tensor '{name}'", f"a value of {largest}", f"the range of {dtype}"

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from bdlora_sglang.adapter import BlockSide, LoRAModule
-from bdlora_sglang.adapter.checkpoint import WEIGHTS_NAME
+from bdlora_sglang.adapter.checkpoint import WEIGHTS_NAME, all_finite
 from bdlora_sglang.adapter.config import CONFIG_NAME
 from bdlora_sglang.adapter.names import peft_tensor_name
 from bdlora_sglang.convert.blocks import Block, open_convertible, stored_factors
@@ -144,7 +144,7 @@ def _stored(plan: Plan, module: LoRAModule, blocks: list[Block]) -> list[Block]:
     if torch.promote_types(blocks[0].a.dtype, plan.dtype) is plan.dtype:
         return stored
     for factor in (factor for block in stored for factor in (block.a, block.b)):
-        if not torch.isfinite(torch.stack(torch.aminmax(factor))).all():
+        if not all_finite(factor):
             subject = f"module '{module.name}'"
             raise AdapterError(
                 plan.adapter.checkpoint.source, subject, f"values too large for {plan.dtype}", "its range"
