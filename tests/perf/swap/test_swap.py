@@ -1,5 +1,7 @@
 """The command on a real server, and the little that it works out itself."""
 
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ from typer.testing import CliRunner
 from bdlora_cli.perf_swap import swap
 from bdlora_perf.report.schema import load_report
 from bdlora_perf.swap.plan import SwapOptions, turns
-from bdlora_perf.swap.stream import longest_gap_ms
+from bdlora_perf.swap.stream import TokenStream, longest_gap_ms
 from bdlora_sglang.errors import BDLoRAError
 
 app = typer.Typer()
@@ -47,6 +49,23 @@ def test_the_longest_gap_beside_the_loads() -> None:
     assert longest_gap_ms(times, 0.32, 0.5) == pytest.approx(550)
     with pytest.raises(BDLoRAError, match="found no two tokens beside the loads"):
         longest_gap_ms(times, 1.0, 2.0)
+
+
+def test_a_refused_stream_says_why() -> None:
+    class Refuses(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(400)
+            self.end_headers()
+            self.wfile.write(b"input_ids: found 908")
+
+        def log_message(self, *_: object) -> None:
+            """Print nothing."""
+
+    with HTTPServer(("127.0.0.1", 0), Refuses) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        with pytest.raises(BDLoRAError, match=r"found status 400 \(input_ids: found 908\), expected 200"):
+            TokenStream(f"http://127.0.0.1:{server.server_port}", [908], 1)
 
 
 def test_systems_take_turns() -> None:
