@@ -33,9 +33,11 @@ def measured_speeds(path: Path) -> Mapping[AdapterShape, float]:
     speeds: dict[AdapterShape, float] = {}
     for name in (*_PLAIN, *(name for name in report.systems if name not in _PLAIN)):
         details = report.systems[name].details if name in report.systems else {}
-        for r in sorted(set(rows["rank"].dropna() if "rank" in rows else ())):
-            rank, nblocks = details.get(f"r={r}: rank"), details.get(f"r={r}: blocks")
-            own = rows[(rows.system == name) & (rows["rank"] == r)]
+        for r in (key.removesuffix(": rank") for key in details if key.endswith(": rank")):
+            rank, nblocks = details[f"{r}: rank"], details.get(f"{r}: blocks")
+            own = rows[rows.system == name]
+            if "rank" in own:  # a sweep of one r has it in no point
+                own = own[own["rank"] == int(r.removeprefix("r="))]
             if isinstance(rank, int) and isinstance(nblocks, int) and len(own):
                 medians = own.groupby("point").value.median().astype(float)
                 speeds.setdefault(AdapterShape(rank, nblocks), float(np.exp(np.log(medians).mean())))

@@ -16,7 +16,7 @@ _RESULTS = Path(__file__).parents[3] / "perf" / "results"
 def test_measured_speeds_are_those_of_the_report() -> None:
     report = _RESULTS / "serve-cpu-tp2"
     speeds = measured_speeds(report)
-    assert set(speeds) == {AdapterShape(32, 2), AdapterShape(64, 2), AdapterShape(16)}
+    assert set(speeds) == {AdapterShape(32, 2), AdapterShape(16)}
     raw = json.loads((report / "report.json").read_text())
     for system, shape in {"bd-2r": AdapterShape(32, 2), "lora-fully-sharded": AdapterShape(16)}.items():
         by_load: dict[int, list[float]] = {}
@@ -26,6 +26,14 @@ def test_measured_speeds_are_those_of_the_report() -> None:
         assert len(by_load) == 3
         expected = np.exp(np.mean([np.log(np.median(values)) for values in by_load.values()]))
         assert speeds[shape] == pytest.approx(expected)
+
+
+def test_a_sweep_with_ranks_in_its_points() -> None:
+    assert set(measured_speeds(_RESULTS / "serve-cpu-tp4")) == {
+        AdapterShape(32, 4),
+        AdapterShape(64, 4),
+        AdapterShape(16),
+    }
 
 
 def test_estimated_speeds_are_of_whole_blocks_alone() -> None:
