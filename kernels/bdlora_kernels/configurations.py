@@ -19,11 +19,16 @@ ARCHITECTURES = (80, 90, 100)
 # Programs of a shrink, about: four for each multiprocessor of an H100, so that large batches have few partial sums.
 _SHRINK_PROGRAMS = 512
 _MAX_SPLITS = 16
+# Up to so many, a small block of A has room in shared memory.
+_FEW_INPUTS = 1024
 # Inputs of a split, at least: one step of the loop of a decode. Steps follow one another, splits run side by side.
 _MIN_SPLIT_INPUTS = 128
-# The second-level cache of A100, H100 and B200, and what their memory brings in 0.8 us: a trip and one for the table.
-_CACHES = {80: (40 * 2**20, 1_500_000), 90: (50 * 2**20, 2_400_000), 100: (126 * 2**20, 5_800_000)}
+# Of A100, H100 and B200 multiprocessors, the second-level cache, and what memory brings in 0.8 us: a trip and one for
+# the table.
+_GPUS = {80: (108, 40 * 2**20, 1_500_000), 90: (132, 50 * 2**20, 2_400_000), 100: (148, 126 * 2**20, 5_800_000)}
 _ELEMENT_BYTES = 2
+# From so many on, blocks of 128 outputs are more programs than fit at a time as soon as some 32 tiles share them.
+_MANY_OUTPUTS = 2048
 # Inputs of a split where splits must not depend on the batch.
 _DETERMINISTIC_SPLIT_INPUTS, _MAX_DETERMINISTIC_SPLITS = 2048, 4
 
@@ -36,7 +41,8 @@ class Configuration:
     memory and leaves multiprocessors idle, and brings what the expand reads first to the cache, with ``prefetch_b`` B
     too. Else it runs after the product, and with ``pdl`` (programmatic dependent launch, from sm_90 on) the expand is
     set up while the shrink runs. ``splits``: parts of the
-    inputs that different programs sum up. ``tokens_at_once``: those of a tile that the expand multiplies together.
+    inputs that different programs sum up. ``tokens_at_once``: those of a tile that the expand multiplies together, with
+    ``block_r`` ranks of ``block_o`` outputs.
     The registers are limits of a thread: without one, the assembler takes more than it needs, or sets one itself for
     the sake of occupancy and spills for it.
 
@@ -55,6 +61,7 @@ class Configuration:
     shrink_registers: int
     tokens_at_once: int
     block_o: int
+    block_r: int
     expand_warps: int
     expand_registers: int
 
@@ -134,14 +141,16 @@ class Configurations:
 def by_formula(shape: Shape, capability: int, deterministic: bool = False) -> Configuration:
     """A configuration from the sizes alone, which `bdlora perf kernels --static` compares with SGLang's."""
     decode = shape.block_tokens == DECODE_BLOCK_TOKENS
+    # All at once in one program: to add up the sums of several is three steps of the cache.
+    deep = decode and shape.inputs <= _FEW_INPUTS and shape.shrink_rank <= 16
     if deterministic:
         splits = _power_of_two(shape.inputs // _DETERMINISTIC_SPLIT_INPUTS, _MAX_DETERMINISTIC_SPLITS)
     else:
         programs = shape.tiles * shape.row_programs
         most = min(_MAX_SPLITS, _power_of_two(shape.inputs // _MIN_SPLIT_INPUTS, _MAX_SPLITS))
-        splits = _power_of_two(_SHRINK_PROGRAMS // programs, most)
-    # Elsewhere the assembler spills a few bytes of so many outputs, and so it does where loads are of two elements.
-    wide = 90 <= capability < 100 and shape.expand_rank <= 16 and shape.expand_width >= 4
+        # Two programs of a large block of ranks are all that a multiprocessor has registers for: one wave of them.
+        room = 2 * _gpu(capability)[0] if decode and shape.shrink_rank > 32 else _SHRINK_PROGRAMS
+        splits = 1 if deep else _power_of_two(room // programs, most)
     return Configuration(
         overlap=decode,
         prefetch_b=decode and not deterministic and _worth_fetching(shape, capability),
@@ -149,15 +158,35 @@ def by_formula(shape: Shape, capability: int, deterministic: bool = False) -> Co
         splits=splits,
         block_k=128 if decode else 64,
         shrink_warps=4,
-        shrink_stages=3 if decode else 4,
+        shrink_stages=8 if deep else 3 if decode else 4,
         shrink_registers=224 if not decode else 96 if shape.shrink_rank <= 32 else 184,
-        # With more, the assembler spills where h has 16 bits.
-        tokens_at_once=8 if decode else 16 if shape.exchanged else 32,
-        # In a prefill few large programs: what counts is how much of y is under way, and a wave waits for its loads.
-        block_o=256 if (wide if decode else capability >= 90) else 128,
         expand_warps=4,
-        expand_registers=96 if decode else 168 if capability < 90 and shape.expand_rank <= 16 else 255,
+        **(_decode_expand if decode else _prefill_expand)(shape, capability),
     )
+
+
+def _decode_expand(shape: Shape, capability: int) -> dict[str, int]:
+    """Of large programs fewer fit at a time, but more outputs, which take fewer waves where there are many of them."""
+    rank = shape.expand_rank
+    wide = shape.outputs >= _MANY_OUTPUTS and rank <= 32
+    hopper = 90 <= capability < 100
+    # With fewer registers the assembler spills.
+    if (rank <= 32 and not wide) or (rank <= 16 and hopper and shape.expand_width >= 4):
+        registers = 96
+    else:
+        registers = 168 if rank > 16 and capability < 90 else 128
+    return {"tokens_at_once": 8, "block_o": 256 if wide else 128, "block_r": rank, "expand_registers": registers}
+
+
+def _prefill_expand(shape: Shape, capability: int) -> dict[str, int]:
+    """Few large programs: what counts is how much of y is under way, and a wave waits for its loads."""
+    return {
+        # With more, the assembler spills where h has 16 bits.
+        "tokens_at_once": 16 if shape.exchanged else 32,
+        "block_o": 256 if capability >= 90 else 128,
+        "block_r": min(shape.expand_rank, 32),
+        "expand_registers": 168 if capability < 90 and shape.expand_rank <= 16 else 255,
+    }
 
 
 def _worth_fetching(shape: Shape, capability: int) -> bool:
@@ -165,10 +194,14 @@ def _worth_fetching(shape: Shape, capability: int) -> bool:
 
     The product waits for memory, so that B's bytes delay it by as much as they take; they save the expand one trip.
     """
-    cache_bytes, most_bytes = _CACHES.get(capability, _CACHES[80])
+    _, cache_bytes, most_bytes = _gpu(capability)
     adapters = min(shape.tokens, shape.tiles - -(-shape.tokens // shape.block_tokens) + 1)
     b_bytes = _ELEMENT_BYTES * adapters * shape.expand_rank * shape.outputs
     return b_bytes <= most_bytes and _ELEMENT_BYTES * shape.inputs * shape.outputs + b_bytes <= cache_bytes
+
+
+def _gpu(capability: int) -> tuple[int, int, int]:
+    return _GPUS.get(capability, _GPUS[80])
 
 
 def _power_of_two(number: int, most: int) -> int:

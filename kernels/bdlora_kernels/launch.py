@@ -270,7 +270,7 @@ def expand_launch(
         ),
         {
             "ENTRIES": table.first_entries, "WIDTH": table.width, "GATHERED": table.gathered,
-            "BLOCK_T": tokens_at_once, "BLOCK_O": configuration.block_o, "BLOCK_R": table.block_rank,
+            "BLOCK_T": tokens_at_once, "BLOCK_O": configuration.block_o, "BLOCK_R": configuration.block_r,
             "PDL": configuration.pdl,
             "num_warps": configuration.expand_warps, "maxnreg": configuration.expand_registers,
             **({"launch_pdl": True} if configuration.pdl else {}),

@@ -19,8 +19,8 @@ from bdlora_kernels.layout import Slice
 TILE_FIELDS = 4
 ENTRY_FIELDS = 8
 _FIELD_BYTES = 4
-# Ranks that one program multiplies at a time: a tensor core takes 16; beyond 32 the expand runs out of registers.
-_MIN_BLOCK, _MAX_SHRINK_BLOCK, _MAX_EXPAND_BLOCK = 16, 64, 32
+# Ranks that one program multiplies at a time: a tensor core takes 16; with more than 64 it runs out of registers.
+_MIN_BLOCK, _MAX_BLOCK = 16, 64
 # Elements of one 16-byte load in 16-bit types.
 _WIDEST = 8
 # Programs of the shrink that share a tile's rows of A, at most: so many counters a tile.
@@ -119,7 +119,7 @@ class ShrinkTable(_SlotTable):
     """
 
     def __init__(self, entries_SEF: torch.Tensor, usual_ranks: int) -> None:
-        super().__init__(entries_SEF, _block_rank(usual_ranks, _MAX_SHRINK_BLOCK))
+        super().__init__(entries_SEF, _block_rank(usual_ranks))
         self.row_programs = min(-(-usual_ranks // self.block_rank), _MAX_ROW_PROGRAMS)
 
     def pack_into(
@@ -135,14 +135,14 @@ class ShrinkTable(_SlotTable):
 
 
 class ExpandTable(_SlotTable):
-    """For each slot, its slices, whose columns are multiplied ``block_rank`` at a time.
+    """For each slot, its slices, whose columns are multiplied ``block_rank`` at a time, or fewer in a prefill.
 
     Rows of B are loaded ``width`` elements at a time where it divides the rank; slices of an odd rank are slower.
     ``usual_rank`` counts the columns of B for all of the ``gathered`` TP ranks whose shrink outputs it takes.
     """
 
     def __init__(self, entries_SEF: torch.Tensor, usual_rank: int, gathered: int = 1) -> None:
-        super().__init__(entries_SEF, _block_rank(usual_rank, _MAX_EXPAND_BLOCK))
+        super().__init__(entries_SEF, _block_rank(usual_rank))
         self.gathered = gathered
         self.width = min(1 << (usual_rank - 1).bit_length(), _WIDEST)
         # Entries that a program looks at together, all of which are there: a power of two.
@@ -288,9 +288,9 @@ def copy_to_device(target: torch.Tensor, source: torch.Tensor) -> None:
     target.copy_(source.pin_memory() if target.is_cuda else source, non_blocking=True)
 
 
-def _block_rank(rank: int, largest: int) -> int:
+def _block_rank(rank: int) -> int:
     """Ranks that one program multiplies at a time, for ranks up to ``rank``."""
-    return min(max(1 << (rank - 1).bit_length(), _MIN_BLOCK), largest)
+    return min(max(1 << (rank - 1).bit_length(), _MIN_BLOCK), _MAX_BLOCK)
 
 
 def _bits(value: float) -> int:

@@ -179,7 +179,7 @@ def test_more_ranks_than_there_is_room_for(slots_class: Any) -> None:
 def test_kernels_are_chosen_by_usual_adapters() -> None:
     """Slots for rank 64 in qkv, three times, and adapters of rank 8: one block of 32 rows, not three of 64."""
     room, usual = SlotSize(1 << 16, 1 << 16, 192, 64, 192), SlotSize(1 << 12, 1 << 12, 24, 8, 24)
-    for size, blocks, programs in ((room, (64, 32), 3), (room.made_for(usual), (32, 16), 1)):
+    for size, blocks, programs in ((room, (64, 64), 3), (room.made_for(usual), (32, 16), 1)):
         tables = DeviceSlots(1, {"qkv": size}, torch.float32, CPU, pin_memory=False).layers["qkv"].tables
         assert (tables.shrink.block_rank, tables.expand.block_rank) == blocks
         assert tables.shrink.row_programs == programs

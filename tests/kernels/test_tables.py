@@ -114,12 +114,13 @@ def test_configuration_files_are_written_as_they_are_read() -> None:
 @pytest.mark.parametrize(
     ("shape", "capability", "splits", "overlap", "pdl"),
     [
-        # Splits of at least 128 inputs, and about 512 programs.
+        # Splits of at least 128 inputs, and about 512 programs; 264 where a block has 64 rows of A, and none of few inputs.
         (Shape(1, 1, 8192, 1280, 16, 32, 1, 16), 90, 16, True, False),
-        (Shape(1, 1, 1024, 8192, 16, 16, 1, 16), 90, 8, True, False),
+        (Shape(1, 1, 1024, 8192, 16, 16, 1, 16), 90, 1, True, False),
+        (Shape(1, 1, 1024, 8192, 16, 32, 1, 32), 90, 8, True, False),
         (Shape(1, 1, 3584, 8192, 16, 16, 1, 16), 90, 16, True, False),
         (Shape(256, 47, 8192, 1280, 16, 32, 1, 16), 90, 8, True, False),
-        (Shape(256, 47, 8192, 1280, 16, 64, 3, 32), 90, 2, True, False),
+        (Shape(64, 16, 8192, 1280, 16, 64, 3, 32), 90, 4, True, False),
         (Shape(1, 1, 250, 8192, 16, 16, 1, 16), 90, 1, True, False),
         (Shape(2048, 71, 8192, 1280, 32, 32, 1, 16), 90, 4, False, True),
         (Shape(8192, 263, 8192, 1280, 32, 32, 1, 16), 100, 1, False, True),

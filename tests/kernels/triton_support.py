@@ -35,11 +35,12 @@ SPLITS = Configuration(
     shrink_registers=255,
     tokens_at_once=8,
     block_o=32,
+    block_r=16,
     expand_warps=4,
     expand_registers=255,
 )
 OVERLAP = replace(SPLITS, splits=2, overlap=True, prefetch_b=True)
-NO_SPLITS = replace(SPLITS, splits=1, block_k=64, tokens_at_once=16, block_o=64)
+NO_SPLITS = replace(SPLITS, splits=1, block_k=64, tokens_at_once=16, block_o=64, block_r=32)
 CONFIGURATIONS = {"splits": SPLITS, "overlap": OVERLAP, "no-splits": NO_SPLITS}
 # Slots of layers whose shrink outputs are gathered, and reduced.
 SHARDED = {

@@ -33,6 +33,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "block_o": (64, 128, 256),
     "block_k": (64, 128, 256),
     "tokens_at_once": (8, 16, 32),
+    "block_r": (16, 32, 64),
     "expand_warps": (2, 4, 8),
     "shrink_stages": (2, 3, 4),
     "expand_registers": (80, 96, 128, 168),
