@@ -111,9 +111,16 @@ def test_launches_and_bytes_by_hand(system: str) -> None:
     assert row.overlap == (system not in ("csgmv", "triton"))
     assert min(row.served) <= row.served[0] <= max(row.served) and row.serial > 2 * CONSTANTS.gap
     if system == "bdlora":
-        # Blocks of 256 outputs; h of 8 ranks in float32, read by each of 32 of them, and eight planes of partial sums.
-        assert [kernel["programs"] for kernel in row.kernels] == [8, 32]
-        assert row.requested == factors + 2 * rank * 8192 + x + 2 * y + 4 * 8 * 32 + 2 * 8 * 4 * 8
+        # Blocks of 256 outputs; h of 8 ranks in float32, written once and read by each of 32 of them.
+        assert [kernel["programs"] for kernel in row.kernels] == [1, 32]
+        assert row.requested == factors + 2 * rank * 8192 + x + 2 * y + 4 * 8 * (1 + 32)
+
+
+def test_partial_sums_by_hand() -> None:
+    """The same at the down layer: 3584 inputs in 16 splits, whose partial sums are written and read."""
+    row = read("bdlora", replace(CASE, layer="down"), 90)
+    assert [kernel["programs"] for kernel in row.kernels] == [16, 32]
+    assert row.requested == row.needed + 2 * 16 * 4 * 8 + 4 * 8 * 32
 
 
 def test_verdicts() -> None:

@@ -114,7 +114,7 @@ def test_configuration_files_are_written_as_they_are_read() -> None:
 @pytest.mark.parametrize(
     ("shape", "capability", "splits", "overlap", "pdl"),
     [
-        # Splits of at least 128 inputs, and about 512 programs; 264 where a block has 64 rows of A, and none of few inputs.
+        # Splits of at least 128 inputs, none of few, and about 512 programs; 264 where a block has 64 rows of A.
         (Shape(1, 1, 8192, 1280, 16, 32, 1, 16), 90, 16, True, False),
         (Shape(1, 1, 1024, 8192, 16, 16, 1, 16), 90, 1, True, False),
         (Shape(1, 1, 1024, 8192, 16, 32, 1, 32), 90, 8, True, False),

@@ -98,13 +98,24 @@ def all_slots_work(case: Case) -> Work:
 
 
 def _shrink(
-    batch: Batch, tile: int, rows: int, block_k: int, splits: int, depth: int, sums: bool, turns: int = 1
+    batch: Batch,
+    tile: int,
+    rows: int,
+    block_k: int,
+    splits: int,
+    depth: int,
+    sums: bool,
+    turns: int = 1,
+    h_bytes: int = _ELEMENT,
 ) -> Work:
-    """A kernel that multiplies ``tile`` tokens with ``rows`` rows of A, in steps of ``block_k`` of a split's inputs."""
+    """A kernel that multiplies ``tile`` tokens with ``rows`` rows of A, in steps of ``block_k`` of a split's inputs.
+
+    ``h_bytes``: of an element of h where nothing is summed up.
+    """
     tiles, blocks = batch.tiles(tile), ceil(batch.ranks / rows)
     steps = ceil(ceil(batch.inputs / splits) / block_k) * turns
     after = _SUM_OF_SPLITS if sums and splits > 1 else 0.0
-    planes = batch.tokens * batch.ranks * (_FLOAT * splits * (2 if sums else 1) if splits > 1 else _ELEMENT)
+    planes = batch.tokens * batch.ranks * (_FLOAT * splits * (2 if sums else 1) if splits > 1 else h_bytes)
     return Work(
         programs=tiles * ceil(blocks / turns) * splits,
         chain=Chain(),
@@ -145,7 +156,8 @@ def _our_shrink(launched: Launched, batch: Batch) -> Work:
     rows, programs = given["BLOCK_R"], launched.grid[1]
     turns = ceil(ceil(batch.ranks / rows) / programs)
     depth = max(1, given["STAGES"] - 1)
-    work = _shrink(batch, given["BLOCK_T"], rows, given["BLOCK_K"], given["SPLITS"], depth, sums=True, turns=turns)
+    block, splits = given["BLOCK_K"], given["SPLITS"]
+    work = _shrink(batch, given["BLOCK_T"], rows, block, splits, depth, sums=True, turns=turns, h_bytes=_FLOAT)
     if given["PREFETCH_B"]:
         fetched = len(batch.counts) * batch.b_bytes
         work = replace(work, memory_bytes=work.memory_bytes + fetched, requested_bytes=work.requested_bytes + fetched)
