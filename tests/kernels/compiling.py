@@ -103,10 +103,12 @@ def compiled_lookup(layer: Layer, capability: int) -> Launched:
 
 
 def layers_in_use(dtype: torch.dtype) -> Iterator[Layer]:
-    """Layers that reach the kernels that the formula chooses: all sizes of blocks, both phases, many and few splits,
-    wide and narrow loads."""
+    """Layers that reach the kernels that the formula chooses: all sizes of blocks, both phases, many and few inputs,
+    outputs and splits, wide and narrow loads."""
     for rank, slices in ((4, 1), (8, 3), (32, 3)):
         yield Layer(64, 32, 1024, 8192, slices, rank, dtype)
         yield Layer(8192, 8, 1024, 8192, slices, rank, dtype, decode=False)
     yield Layer(64, 32, 1024, 8192, 1, 2, dtype)
+    yield Layer(64, 32, 3584, 8192, 1, 64, dtype)
+    yield Layer(64, 32, 8192, 1280, 3, 4, dtype)
     yield Layer(1, 8, 8192, 1280, 3, 32, dtype)
