@@ -28,12 +28,20 @@ def test_measured_speeds_are_those_of_the_report() -> None:
         assert speeds[shape] == pytest.approx(expected)
 
 
-def test_a_sweep_with_ranks_in_its_points() -> None:
-    assert set(measured_speeds(_RESULTS / "serve-cpu-tp4")) == {
-        AdapterShape(32, 4),
-        AdapterShape(64, 4),
-        AdapterShape(16),
-    }
+def test_a_sweep_with_ranks_in_its_points(tmp_path: Path) -> None:
+    """The same report, as if r = 32 had been in it, half as fast."""
+    raw = json.loads((_RESULTS / "serve-cpu-tp2" / "report.json").read_text())
+    twice = []
+    for sample in raw["samples"]:
+        for rank, share in ((16, 1), (32, 0.5)):
+            metrics = {name: value * share for name, value in sample["metrics"].items()}
+            twice.append({**sample, "point": {**sample["point"], "rank": rank}, "metrics": metrics})
+    raw["samples"] = twice
+    details = raw["systems"]["bd-2r"]["details"]
+    details.update({"r=32: rank": 64, "r=32: blocks": 2})
+    (tmp_path / "report.json").write_text(json.dumps(raw))
+    speeds, alone = measured_speeds(tmp_path), measured_speeds(_RESULTS / "serve-cpu-tp2")
+    assert speeds == pytest.approx({**alone, AdapterShape(64, 2): alone[AdapterShape(32, 2)] / 2})
 
 
 def test_estimated_speeds_are_of_whole_blocks_alone() -> None:
