@@ -69,6 +69,12 @@ def halves(address: Any, size: Any) -> Any:
 
 
 @njit  # type: ignore[untyped-decorator]
+def float16s(address: Any, size: Any) -> Any:
+    """The bits of the float16 at an address, signed, which tells them from bfloat16."""
+    return carray(pointer(address), (size,), np.int16)
+
+
+@njit  # type: ignore[untyped-decorator]
 def integers(address: Any, size: Any) -> Any:
     """The int64 at an address."""
     return carray(pointer(address), (size,), np.int64)

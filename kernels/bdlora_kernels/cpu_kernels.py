@@ -32,7 +32,7 @@ ARGUMENTS = np.dtype(
 
 # Columns of y that are added up at a time: B's rows are read in long runs, and the sums stay in the L1 cache.
 _BLOCK_OUTPUTS = 8192
-# A thread takes whole cache lines of float32.
+# Columns of y: a thread takes whole cache lines of float32. Of h, which is little, as even a share as there is.
 _LINE = 16
 # From so many tokens of a slot on, arithmetic is what takes the time, and four rows of A share what is read of x.
 _MANY_TOKENS = 3
@@ -66,7 +66,7 @@ def _shrink(args: Any, x: Any, a_E: Any) -> None:
         if counts[segment.slot] == 0:
             continue
         last_entry = entries[segment.slot, counts[segment.slot] - 1]
-        first, last = part(last_entry.h_start + last_entry.rank, _LINE)
+        first, last = part(last_entry.h_start + last_entry.rank, 1)
         for p in range(counts[segment.slot]):
             entry = entries[segment.slot, p]
             size = entry.input_size

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from bdlora_kernels.layout import CPU_DTYPES, ENTRY, LayerFactors, PackedFactors, Slice
+from bdlora_kernels.processor import has_products
 from bdlora_kernels.segments import TokenBatch
 
 
@@ -110,9 +111,10 @@ def _shrink_into(h_TW: torch.Tensor, x_TI: torch.Tensor, factors: EagerFactors, 
     if len(batch.few):
         _run(factors, batch, h_TW[None], x_TI=x_TI.to(factors.a_SE.dtype))
     for segment in batch.many:
-        x_KI = x_TI[segment.tokens].to(factors.a_SE.dtype)
+        dtype = _product_dtype(factors.a_SE)
+        x_KI = x_TI[segment.tokens].to(dtype)
         for columns, inputs, a_RI in _shrinks(factors, segment.slot):
-            h_TW[segment.tokens, columns] = (x_KI[:, inputs] @ a_RI.T).to(h_TW.dtype)
+            h_TW[segment.tokens, columns] = (x_KI[:, inputs] @ a_RI.to(dtype).T).to(h_TW.dtype)
 
 
 def expand(y_TO: torch.Tensor, h_NTW: torch.Tensor, factors: EagerFactors, batch: TokenBatch) -> None:
@@ -125,14 +127,20 @@ def expand(y_TO: torch.Tensor, h_NTW: torch.Tensor, factors: EagerFactors, batch
         if sums_TO is not y_TO:
             y_TO += sums_TO
     for segment in batch.many:
-        h_KNW = h_NTW[:, segment.tokens].transpose(0, 1).to(factors.b_SE.dtype)
-        in_place = isinstance(segment.tokens, slice) and y_TO.dtype == factors.b_SE.dtype
-        y_KO = y_TO[segment.tokens].to(factors.b_SE.dtype)
+        dtype = _product_dtype(factors.b_SE)
+        h_KNW = h_NTW[:, segment.tokens].transpose(0, 1).to(dtype)
+        in_place = isinstance(segment.tokens, slice) and y_TO.dtype == dtype
+        y_KO = y_TO[segment.tokens].to(dtype)
         for columns, part, b_RO in _expands(factors, segment.slot):
             outputs = slice(part.output_start, part.output_start + part.output_size)
-            y_KO[:, outputs].addmm_(h_KNW[:, :, columns].flatten(1), b_RO, alpha=part.scaling)
+            y_KO[:, outputs].addmm_(h_KNW[:, :, columns].flatten(1), b_RO.to(dtype), alpha=part.scaling)
         if not in_place:
             y_TO[segment.tokens] = y_KO.to(y_TO.dtype)
+
+
+def _product_dtype(factor: torch.Tensor) -> torch.dtype:
+    """In what its products are computed."""
+    return factor.dtype if factor.device.type != "cpu" or has_products(factor.dtype) else torch.float32
 
 
 def _shrinks(factors: EagerFactors, slot: int) -> Iterator[tuple[slice, slice, torch.Tensor]]:

@@ -47,16 +47,22 @@ def zeros(_context: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def load(_context: Any, array: Any, start: Any) -> Any:
-    """``array[start : start + LANES]``, of float32 or of the bits of bfloat16, which are not checked for their end."""
-    wide = array.dtype == types.float32
+    """``array[start : start + LANES]``, of float32, or of the bits of bfloat16 (unsigned) or of float16 (signed).
+
+    It is not checked where the array ends.
+    """
+    dtype = array.dtype
+    kinds = {types.float32: ir.FloatType(), types.uint16: ir.IntType(16), types.int16: ir.HalfType()}
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
-        kind = _FLOATS if wide else ir.VectorType(ir.IntType(16), LANES)
+        kind = ir.VectorType(kinds[dtype], LANES)
         place = builder.bitcast(builder.gep(data, [arguments[1]]), kind.as_pointer())
-        values = builder.load(place, align=array.dtype.bitwidth // 8)
-        if wide:
+        values = builder.load(place, align=dtype.bitwidth // 8)
+        if dtype == types.float32:
             return values
+        if dtype == types.int16:
+            return builder.fpext(values, _FLOATS)
         upper = builder.shl(builder.zext(values, _BITS), ir.Constant(_BITS, [16] * LANES))
         return builder.bitcast(upper, _FLOATS)
 

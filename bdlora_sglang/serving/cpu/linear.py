@@ -1,7 +1,8 @@
-"""Linear layers whose weights oneDNN has packed once, after loading.
+"""Linear layers whose weights oneDNN has packed once, after loading, or that are widened as they are read.
 
 ``F.linear`` packs a weight anew in every call, which is a third of a decode step. PyTorch's inductor packs ahead with
-the same operators. SGLang's seams: ``SRTPlatform.post_load_model`` swaps the layers' ``quant_method``, whose
+the same operators. Weights of 16 bits, for which a processor may have no instructions, are `widened_linear`'s then.
+SGLang's seams: ``SRTPlatform.post_load_model`` swaps the layers' ``quant_method``, whose
 ``restore_weights_before_loading`` and ``process_weights_after_loading`` bracket every update of the weights.
 """
 
@@ -16,10 +17,14 @@ from sglang.srt.layers.quantization.unquant import UnquantizedEmbeddingMethod, U
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from torch.nn.functional import linear
 
+from bdlora_kernels.processor import has_products
+from bdlora_sglang.serving.cpu.widened import widened_linear
+
 # oneDNN's kernels for one to three rows are slower than the one for four (0.29 ms against 0.22 for a float32 weight of
 # 1024 x 1024 on an AVX-512 core), so few rows are padded. The packed format is the same from two rows on.
 _FEWEST_ROWS = 4
 _ROWS_HINT = 8
+_SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 # Neither exists in a PyTorch without oneDNN. The overload is named, or PyTorch looks for it in every call.
 _packing = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
@@ -30,9 +35,15 @@ def can_pack(weight: torch.Tensor) -> bool:
     """Whether this PyTorch has oneDNN's operators for the type of ``weight``, and the processor the instructions."""
     if _packing is None or _product is None or weight.layout != torch.strided or weight.device.type != "cpu":
         return False
-    if weight.dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return weight.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    if weight.dtype == torch.float32:
+        return torch.get_float32_matmul_precision() == "highest"
+    return weight.dtype in _SIXTEEN_BITS and has_products(weight.dtype)
+
+
+def is_widened(weight: torch.Tensor) -> bool:
+    """Whether `widened_linear` is faster than PyTorch's own products for the type of ``weight``."""
+    is_plain = weight.layout == torch.strided and weight.device.type == "cpu"
+    return is_plain and weight.dtype in _SIXTEEN_BITS and not has_products(weight.dtype)
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
@@ -105,28 +116,42 @@ class PackedLogitsMethod(UnquantizedEmbeddingMethod):
         return linear(x, layer.weight, bias) if packed is None else packed_linear(x, packed, bias)
 
 
+class _Widening:
+    """Leaves the weight as it is."""
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return widened_linear(x, layer.weight, bias)
+
+
+class WidenedLinearMethod(_Widening, UnquantizedLinearMethod):
+    """Of a parallel linear layer."""
+
+
+class WidenedLogitsMethod(_Widening, UnquantizedEmbeddingMethod):
+    """Of the vocabulary projection, whose weight may be looked up, too."""
+
+
 _PACKING = (PackedLinearMethod, PackedLogitsMethod)
 
 
-def pack_linear_layers(model: torch.nn.Module) -> int:
-    """Pack all unquantised parallel linear layers and the vocabulary projection; returns how many were packed.
+def choose_linear_methods(model: torch.nn.Module) -> int:
+    """Pack or widen all unquantised parallel linear layers and the vocabulary projection; returns how many.
 
     Replicated layers stay: models read the weights of some (MoE routers) themselves.
     """
-    packed = 0
+    chosen = 0
     for module in model.modules():
         if not isinstance(module, ColumnParallelLinear | RowParallelLinear):
             continue
-        if type(module.quant_method) is UnquantizedLinearMethod and can_pack(module.weight):
-            _use(module, PackedLinearMethod())
-            packed += 1
+        if type(module.quant_method) is UnquantizedLinearMethod:
+            chosen += _use(module, PackedLinearMethod, WidenedLinearMethod)
     for name, head in model.named_modules(remove_duplicate=False):  # tied embeddings have two names
         if name.rpartition(".")[2] != "lm_head" or not isinstance(head, VocabParallelEmbedding):
             continue
-        if type(head.quant_method) is UnquantizedEmbeddingMethod and can_pack(head.weight) and _logits_are_plain(model):
-            _use(head, PackedLinearMethod() if _only_projects(head, model) else PackedLogitsMethod())
-            packed += 1
-    return packed
+        if type(head.quant_method) is UnquantizedEmbeddingMethod and _logits_are_plain(model):
+            packing = PackedLinearMethod if _only_projects(head, model) else PackedLogitsMethod
+            chosen += _use(head, packing, WidenedLogitsMethod)
+    return chosen
 
 
 @contextmanager
@@ -144,9 +169,16 @@ def unpacked(model: torch.nn.Module) -> Iterator[None]:
             layer.quant_method.process_weights_after_loading(layer)
 
 
-def _use(layer: Any, method: PackedLinearMethod | PackedLogitsMethod) -> None:
-    layer.quant_method = method
-    method.process_weights_after_loading(layer)
+def _use(layer: Any, packing: type[Any], widening: type[Any]) -> bool:
+    """Give a layer the method for its weight on this processor; False where it keeps SGLang's."""
+    if can_pack(layer.weight):
+        layer.quant_method = packing()
+        layer.quant_method.process_weights_after_loading(layer)
+        return True
+    if is_widened(layer.weight):
+        layer.quant_method = widening()
+        return True
+    return False
 
 
 def _only_projects(head: Any, model: torch.nn.Module) -> bool:

@@ -39,9 +39,9 @@ class BDLoRACpuPlatform(CpuDeviceMixin, SRTPlatform):
         register_fused_ops(self.get_dispatch_key_name())
 
     def post_load_model(self, model: torch.nn.Module) -> None:
-        from bdlora_sglang.serving.cpu.linear import pack_linear_layers
+        from bdlora_sglang.serving.cpu.linear import choose_linear_methods
 
-        pack_linear_layers(model)
+        choose_linear_methods(model)
 
     def get_torch_distributed_backend_str(self) -> str:
         from bdlora_sglang.serving.cpu.process_group import BACKEND, register_backend

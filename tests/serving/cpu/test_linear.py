@@ -53,9 +53,19 @@ def test_packing_is_undone_exactly(dtype: torch.dtype) -> None:
     assert list(dict(layer.named_parameters())) == ["weight"]
 
 
-def test_types_that_cannot_be_packed_stay() -> None:
-    for weight in (torch.zeros(3, 4, dtype=torch.float16), torch.zeros(3, 4).to_mkldnn()):
-        assert not linear.can_pack(weight)
+def test_other_types_stay() -> None:
+    for weight in (torch.zeros(3, 4, dtype=torch.float64), torch.zeros(3, 4).to_mkldnn()):
+        assert not linear.can_pack(weight) and not linear.is_widened(weight)
+
+
+@pytest.mark.parametrize("supported", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_sixteen_bits_are_packed_or_widened(
+    dtype: torch.dtype, supported: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "has_products", lambda _: supported)
+    weight = torch.zeros(3, 4, dtype=dtype)
+    assert linear.can_pack(weight) is supported and linear.is_widened(weight) is not supported
 
 
 def test_a_tied_heads_packed_weight_stays_the_same_tensor() -> None:
