@@ -1,5 +1,6 @@
 """One batch of requests, timed where it is sent."""
 
+import json
 import random
 import time
 from collections.abc import Sequence
@@ -32,49 +33,62 @@ class Prompts:
         return [self._rng.choices(self._tokens, k=self._length) for _ in range(count)]
 
 
-def batch_seconds(url: str, prompts: Sequence[Sequence[int]], adapters: Sequence[str], new_tokens: int) -> float:
-    """Seconds from sending all prompts in one message to the last answer, each of exactly ``new_tokens`` tokens.
+def measure_steps(url: str, prompts: Sequence[Sequence[int]], adapters: Sequence[str], decode_steps: int) -> StepTimes:
+    """Send all prompts in one message, for exactly ``1 + decode_steps`` tokens each.
 
-    Each request has an adapter, those of ``adapters`` in turn; none asks the base model.
+    Each request has an adapter, those of ``adapters`` in turn; none asks the base model. The server streams the first
+    token of each request, and then nothing until the last, so that it has nothing else to do meanwhile.
 
     Raises:
-        BDLoRAError: the server does not answer, or an answer has another length.
+        BDLoRAError: the server does not answer, or as `step_times`.
     """
+    new_tokens = 1 + decode_steps
     body: dict[str, object] = {
         "input_ids": prompts,
-        "sampling_params": {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True},
+        "stream": True,
+        "sampling_params": {
+            "temperature": 0,
+            "max_new_tokens": new_tokens,
+            "ignore_eos": True,
+            "stream_interval": new_tokens,
+        },
     }
     if adapters:
         body["lora_path"] = list(islice(cycle(adapters), len(prompts)))
     start = time.perf_counter()
-    response = send("POST", f"{url}/generate", json=body)
-    seconds = time.perf_counter() - start
-    lengths = [answer["meta_info"]["completion_tokens"] for answer in response.json()]
-    if lengths != [new_tokens] * len(prompts):
-        raise BDLoRAError(f"{url}: found answers of {lengths} tokens, expected {len(prompts)} of {new_tokens}")
-    return seconds
+    response = send("POST", f"{url}/generate", json=body, stream=True)
+    arrivals = []
+    for line in response.iter_lines(chunk_size=None):  # as it comes
+        seconds = time.perf_counter() - start
+        if line.startswith(b"data: {"):
+            chunk = json.loads(line.removeprefix(b"data: "))
+            if "error" in chunk:
+                raise BDLoRAError(f"{url}: found the error {chunk['error']}, expected an answer")
+            arrivals.append(Arrival(seconds, chunk.get("index", 0), chunk["meta_info"]["completion_tokens"]))
+    return step_times(arrivals, len(prompts), decode_steps)
 
 
-def step_times(first_seconds: float, whole_seconds: float, decode_steps: int) -> StepTimes:
-    """From the time of a batch with one new token, and with ``decode_steps`` more.
+@dataclass(frozen=True)
+class Arrival:
+    """``tokens`` of a request of the batch had arrived, ``seconds`` after it was sent."""
+
+    seconds: float
+    request: int
+    tokens: int
+
+
+def step_times(arrivals: Sequence[Arrival], requests: int, decode_steps: int) -> StepTimes:
+    """The prefill ends when each request has its first token; all after that are decode steps.
 
     Raises:
-        BDLoRAError: the longer answer did not take longer.
+        BDLoRAError: not each request has its first token and its last, and no more.
     """
-    if whole_seconds <= first_seconds:
+    firsts = {arrival.request: arrival.seconds for arrival in reversed(arrivals)}
+    lengths = {arrival.request: arrival.tokens for arrival in arrivals}
+    if lengths != dict.fromkeys(range(requests), 1 + decode_steps) or len(arrivals) != 2 * requests:
         raise BDLoRAError(
-            f"found {whole_seconds:.3f} s with {decode_steps} decode steps and {first_seconds:.3f} s without, expected "
-            "more: use a quieter machine, or more --decode-steps"
+            f"found {len(arrivals)} parts of answers of {sorted(lengths.values())} tokens, expected the first and the "
+            f"last of {1 + decode_steps} tokens for each of {requests} requests"
         )
-    return StepTimes(1000 * first_seconds, 1000 * (whole_seconds - first_seconds) / decode_steps)
-
-
-def measure_steps(url: str, prompts: Prompts, count: int, adapters: Sequence[str], decode_steps: int) -> StepTimes:
-    """Two batches of ``count`` fresh prompts, one that ends after its first token, one that goes on.
-
-    Raises:
-        BDLoRAError: as `batch_seconds` and `step_times`.
-    """
-    first = batch_seconds(url, prompts.take(count), adapters, 1)
-    whole = batch_seconds(url, prompts.take(count), adapters, 1 + decode_steps)
-    return step_times(first, whole, decode_steps)
+    prefill, whole = max(firsts.values()), arrivals[-1].seconds
+    return StepTimes(1000 * prefill, 1000 * (whole - prefill) / decode_steps)

@@ -1,9 +1,8 @@
 """The servers of one deployment after the other, and the turns on them.
 
-A turn sends two batches of fresh random prompts, each in one message: one for a single token each, whose time is the
-prefill's (with the way through the server and back), one with decode steps after it. The difference, divided by their
-number, is a decode step: what it takes from one token to the next with all requests in one batch, with everything that
-the engine does around the forward pass.
+A turn sends one batch of fresh random prompts in one message. Until each request has its first token is the prefill
+(with the way to the server and back); what follows, divided by its steps, is a decode step: what it takes from one
+token to the next with all requests in one batch, with everything that the engine does around the forward pass.
 
 SGLang takes a message's requests into one prefill where its limits allow it, and the limits are set so that they do. It
 prefills whatever waits before it decodes, so that even a prefill in parts would leave a decode step nearly as it is;
@@ -17,7 +16,7 @@ from itertools import product
 
 from bdlora_perf.checkout import Surroundings, surroundings_of
 from bdlora_perf.engine.bandwidth import copy_bandwidths, step_bytes
-from bdlora_perf.engine.batch import Prompts, batch_seconds, measure_steps
+from bdlora_perf.engine.batch import Prompts, measure_steps
 from bdlora_perf.engine.plan import ITEM_BYTES, Deployment, EngineOptions, Turn, launch_flags, turns
 from bdlora_perf.engine.report import EngineRun, make_report
 from bdlora_perf.report.schema import Failure, Report, Sample, Value
@@ -123,7 +122,7 @@ class _Runner:
             warm_up(server, adapters)
             for contender, count in product(own, self.options.requests):
                 names = adapters if contender.has_adapters else []
-                batch_seconds(server.url, self.prompts.take(count), names, 1 + _WARM_UP_STEPS)
+                measure_steps(server.url, self.prompts.take(count), names, _WARM_UP_STEPS)
         except BDLoRAError as error:
             return failure_of(own[0].name, deployment.point(), error, server)
         return _Ready(server, adapters, _num_prefills(server))
@@ -140,9 +139,10 @@ class _Runner:
         """One sample for each phase."""
         point: dict[str, Value] = {**deployment.point(), "requests": turn.requests}
         adapters = target.adapters if turn.contender.has_adapters else []
-        target.batches += 2
+        target.batches += 1
+        prompts = self.prompts.take(turn.requests)
         try:
-            times = measure_steps(target.server.url, self.prompts, turn.requests, adapters, self.options.decode_steps)
+            times = measure_steps(target.server.url, prompts, adapters, self.options.decode_steps)
         except BDLoRAError as error:
             return failure_of(turn.contender.name, point, error, target.server)
         num_bytes = step_bytes(self.options.shape, deployment.tp, ITEM_BYTES[deployment.dtype])

@@ -8,7 +8,7 @@ import pytest
 from safetensors import safe_open
 
 from bdlora_perf.engine.bandwidth import shape_of, step_bytes
-from bdlora_perf.engine.batch import Prompts, StepTimes, step_times
+from bdlora_perf.engine.batch import Arrival, Prompts, StepTimes, step_times
 from bdlora_perf.engine.measure import bandwidth_gbs
 from bdlora_perf.engine.plan import EngineOptions, turns
 from bdlora_perf.serve.servers import rank_cores
@@ -41,15 +41,31 @@ def test_kv_heads_that_ranks_share_are_read_by_each(tmp_path: Path) -> None:
     assert step_bytes(shape, 4, 4) == step_bytes(shape, 1, 4) + 4 * copied
 
 
+FIRSTS = [Arrival(0.4, 1, 1), Arrival(0.5, 0, 1)]
+LASTS = [Arrival(2.4, 0, 9), Arrival(2.5, 1, 9)]
+
+
 def test_times_by_hand() -> None:
-    times = step_times(0.5, 2.5, 8)
+    """A prefill in parts, its requests out of order."""
+    times = step_times([*FIRSTS, *LASTS], 2, 8)
     assert times == StepTimes(prefill_ms=500, decode_ms=250)
     assert bandwidth_gbs(3e9, times.decode_ms) == 12
 
 
-def test_a_longer_answer_takes_longer() -> None:
-    with pytest.raises(BDLoRAError, match=r"found 0\.400 s with 8 decode steps and 0\.500 s without, expected more"):
-        step_times(0.5, 0.4, 8)
+@pytest.mark.parametrize(
+    "arrivals",
+    [
+        FIRSTS,
+        [*FIRSTS, *LASTS[:1]],
+        [*FIRSTS, Arrival(1, 0, 5), *LASTS],
+        [*FIRSTS, *LASTS, Arrival(3, 2, 9)],
+        [*FIRSTS, LASTS[0], Arrival(2.5, 1, 8)],
+    ],
+    ids=["no-end", "one-end", "in-between", "another", "short"],
+)
+def test_other_answers_are_no_measurement(arrivals: list[Arrival]) -> None:
+    with pytest.raises(BDLoRAError, match=r"expected the first and the last of 9 tokens for each of 2 requests"):
+        step_times(arrivals, 2, 8)
 
 
 def test_no_prompt_comes_twice() -> None:

@@ -34,10 +34,10 @@ def test_two_systems_on_one_server(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert report.systems["bd-2r"].details["rank"] == 8
     assert "rank 0: " in str(report.systems["base"].details["ranks at tp 1"])
     assert {"copy, one core (GB/s)", "parameters read by a step"} <= report.settings.keys()
-    # No batch was split: one prefill for each of the two batches of a turn.
+    # No batch was split: one prefill a turn.
     assert not any("were prefilled in" in note for note in report.notes)
     log = (work / "logs" / "engine-tp1-float32.log").read_text()
-    assert log.count("Prefill batch, #new-seq: 3") >= 2 * 2 * 2
+    assert log.count("Prefill batch, #new-seq: 3") >= 2 * 2
 
     found = {(s.system, s.round, s.point["requests"], s.point["phase"]) for s in report.samples}
     assert len(found) == len(report.samples) == 2 * 2 * 2 * 2
