@@ -17,6 +17,7 @@ from bdlora_kernels import (
     PackedFactors,
     UnpackedSlice,
     add_lora_delta,
+    eager,
     group_tokens,
     pack,
 )
@@ -184,6 +185,17 @@ def test_every_slot_different(requests: list[tuple[int, int]], dtype: torch.dtyp
     """Plain and block adapters of several ranks, and one that does not touch this layer, in one batch."""
     by_slot = [SLICES["plain-rank16"], SLICES["qkv"], [], SLICES["row-blocks"], SLICES["plain-rank1"]]
     check(by_slot, requests, dtype, strided)
+
+
+@pytest.mark.parametrize("supported", [False, True], ids=["widened", "as-they-are"])
+@pytest.mark.parametrize("windows", [SLICES["qkv"], SLICES["row-blocks"]], ids=["qkv", "row-blocks"])
+def test_many_tokens_on_either_processor(
+    windows: list[Window], supported: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With instructions for products of bfloat16, and without."""
+    monkeypatch.setattr(eager, "has_products", lambda _: supported)
+    check([windows] * SLOTS, SEGMENTS["skewed"], torch.bfloat16, strided=True)
+    check([windows] * SLOTS, [(1, 9), (BASE, 2), (1, 30)], torch.bfloat16)
 
 
 @pytest.mark.parametrize("num_threads", [1, 3])
