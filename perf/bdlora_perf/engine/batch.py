@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 
+import requests
+
 from bdlora_perf.serve.servers import send
 from bdlora_sglang.errors import BDLoRAError
 
@@ -58,13 +60,16 @@ def measure_steps(url: str, prompts: Sequence[Sequence[int]], adapters: Sequence
     start = time.perf_counter()
     response = send("POST", f"{url}/generate", json=body, stream=True)
     arrivals = []
-    for line in response.iter_lines(chunk_size=None):  # as it comes
-        seconds = time.perf_counter() - start
-        if line.startswith(b"data: {"):
-            chunk = json.loads(line.removeprefix(b"data: "))
-            if "error" in chunk:
-                raise BDLoRAError(f"{url}: found the error {chunk['error']}, expected an answer")
-            arrivals.append(Arrival(seconds, chunk.get("index", 0), chunk["meta_info"]["completion_tokens"]))
+    try:
+        for line in response.iter_lines(chunk_size=None):  # as it comes
+            seconds = time.perf_counter() - start
+            if line.startswith(b"data: {"):
+                chunk = json.loads(line.removeprefix(b"data: "))
+                if "error" in chunk:
+                    raise BDLoRAError(f"{url}: found the error {chunk['error']}, expected an answer")
+                arrivals.append(Arrival(seconds, chunk.get("index", 0), chunk["meta_info"]["completion_tokens"]))
+    except requests.RequestException as error:
+        raise BDLoRAError(f"{url}: found no end of an answer ({type(error).__name__}), expected one") from error
     return step_times(arrivals, len(prompts), decode_steps)
 
 
@@ -77,7 +82,7 @@ class Arrival:
     tokens: int
 
 
-def step_times(arrivals: Sequence[Arrival], requests: int, decode_steps: int) -> StepTimes:
+def step_times(arrivals: Sequence[Arrival], num_requests: int, decode_steps: int) -> StepTimes:
     """The prefill ends when each request has its first token; all after that are decode steps.
 
     Raises:
@@ -85,10 +90,10 @@ def step_times(arrivals: Sequence[Arrival], requests: int, decode_steps: int) ->
     """
     firsts = {arrival.request: arrival.seconds for arrival in reversed(arrivals)}
     lengths = {arrival.request: arrival.tokens for arrival in arrivals}
-    if lengths != dict.fromkeys(range(requests), 1 + decode_steps) or len(arrivals) != 2 * requests:
+    if lengths != dict.fromkeys(range(num_requests), 1 + decode_steps) or len(arrivals) != 2 * num_requests:
         raise BDLoRAError(
             f"found {len(arrivals)} parts of answers of {sorted(lengths.values())} tokens, expected the first and the "
-            f"last of {1 + decode_steps} tokens for each of {requests} requests"
+            f"last of {1 + decode_steps} tokens for each of {num_requests} requests"
         )
     prefill, whole = max(firsts.values()), arrivals[-1].seconds
     return StepTimes(1000 * prefill, 1000 * (whole - prefill) / decode_steps)

@@ -1,14 +1,16 @@
 """Bytes, times and the order of the turns."""
 
 from collections import Counter
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from itertools import groupby
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from safetensors import safe_open
 
 from bdlora_perf.engine.bandwidth import shape_of, step_bytes
-from bdlora_perf.engine.batch import Arrival, Prompts, StepTimes, step_times
+from bdlora_perf.engine.batch import Arrival, Prompts, StepTimes, measure_steps, step_times
 from bdlora_perf.engine.measure import bandwidth_gbs
 from bdlora_perf.engine.plan import EngineOptions, turns
 from bdlora_perf.serve.servers import rank_cores
@@ -66,6 +68,24 @@ def test_times_by_hand() -> None:
 def test_other_answers_are_no_measurement(arrivals: list[Arrival]) -> None:
     with pytest.raises(BDLoRAError, match=r"expected the first and the last of 9 tokens for each of 2 requests"):
         step_times(arrivals, 2, 8)
+
+
+class _BreaksOff(BaseHTTPRequestHandler):
+    """The first token of a stream, and no more."""
+
+    def do_POST(self) -> None:
+        line = b'data: {"index": 0, "meta_info": {"completion_tokens": 1}}\n\n'
+        self.send_response(200)
+        self.send_header("Content-Length", str(2 * len(line)))
+        self.end_headers()
+        self.wfile.write(line)
+
+
+def test_a_server_that_dies_in_mid_stream_is_an_error_of_its_own() -> None:
+    with HTTPServer(("127.0.0.1", 0), _BreaksOff) as server:
+        Thread(target=server.handle_request).start()
+        with pytest.raises(BDLoRAError, match=r"found no end of an answer \(ChunkedEncodingError\), expected one"):
+            measure_steps(f"http://127.0.0.1:{server.server_port}", [[3, 4]], [], 8)
 
 
 def test_no_prompt_comes_twice() -> None:
