@@ -134,24 +134,22 @@ class WidenedLogitsMethod(_Widening, UnquantizedEmbeddingMethod):
 _PACKING = (PackedLinearMethod, PackedLogitsMethod)
 
 
-def choose_linear_methods(model: torch.nn.Module) -> int:
-    """Pack or widen all unquantised parallel linear layers and the vocabulary projection; returns how many.
+def choose_linear_methods(model: torch.nn.Module) -> None:
+    """Pack or widen all unquantised parallel linear layers and the vocabulary projection.
 
     Replicated layers stay: models read the weights of some (MoE routers) themselves.
     """
-    chosen = 0
     for module in model.modules():
         if not isinstance(module, ColumnParallelLinear | RowParallelLinear):
             continue
         if type(module.quant_method) is UnquantizedLinearMethod:
-            chosen += _use(module, PackedLinearMethod, WidenedLinearMethod)
+            _use(module, PackedLinearMethod, WidenedLinearMethod)
     for name, head in model.named_modules(remove_duplicate=False):  # tied embeddings have two names
         if name.rpartition(".")[2] != "lm_head" or not isinstance(head, VocabParallelEmbedding):
             continue
         if type(head.quant_method) is UnquantizedEmbeddingMethod and _logits_are_plain(model):
             packing = PackedLinearMethod if _only_projects(head, model) else PackedLogitsMethod
-            chosen += _use(head, packing, WidenedLogitsMethod)
-    return chosen
+            _use(head, packing, WidenedLogitsMethod)
 
 
 @contextmanager
@@ -169,16 +167,13 @@ def unpacked(model: torch.nn.Module) -> Iterator[None]:
             layer.quant_method.process_weights_after_loading(layer)
 
 
-def _use(layer: Any, packing: type[Any], widening: type[Any]) -> bool:
-    """Give a layer the method for its weight on this processor; False where it keeps SGLang's."""
+def _use(layer: Any, packing: type[Any], widening: type[Any]) -> None:
+    """Give a layer the method for its weight on this processor, which may be SGLang's."""
     if can_pack(layer.weight):
         layer.quant_method = packing()
         layer.quant_method.process_weights_after_loading(layer)
-        return True
-    if is_widened(layer.weight):
+    elif is_widened(layer.weight):
         layer.quant_method = widening()
-        return True
-    return False
 
 
 def _only_projects(head: Any, model: torch.nn.Module) -> bool:
