@@ -1,14 +1,9 @@
 """``bdlora perf compare``: two reports side by side; exit code 1 for a regression."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from bdlora_perf.report.compare import Comparison
 
 _COLORS = {"improvement": "green", "regression": "red", "changed": "yellow"}
 
@@ -24,23 +19,15 @@ def compare(
     p-values are adjusted for the number of figures (Benjamini and Hochberg), so that noise alone is no regression.
     """
     from rich.console import Console
-
-    from bdlora_perf.report.compare import compare_reports
-    from bdlora_perf.report.schema import load_report
-
-    comparison = compare_reports(load_report(a), load_report(b), tolerance)
-    _print(comparison, Console(), only_changes)
-    if comparison.regressions:
-        raise typer.Exit(1)
-
-
-def _print(comparison: "Comparison", console: "Console", only_changes: bool) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from bdlora_perf.report.compare import Verdict
-    from bdlora_perf.report.frame import format_number
+    from bdlora_perf.report.compare import Verdict, compare_reports
+    from bdlora_perf.report.schema import load_report
+    from bdlora_perf.report.words import format_number
 
+    comparison = compare_reports(load_report(a), load_report(b), tolerance)
+    console = Console()
     quiet = (Verdict.SAME, Verdict.UNTESTED) if only_changes else ()
     shown = [change for change in comparison.changes if change.verdict not in quiet]
     for metric in dict.fromkeys(change.metric for change in shown):
@@ -70,3 +57,5 @@ def _print(comparison: "Comparison", console: "Console", only_changes: bool) -> 
     counts = {verdict: sum(change.verdict is verdict for change in comparison.changes) for verdict in Verdict}
     summary = ", ".join(f"{verdict.value} {count}" for verdict, count in counts.items())
     console.print(f"{len(comparison.changes)} figures compared: {summary}")
+    if comparison.regressions:
+        raise typer.Exit(1)

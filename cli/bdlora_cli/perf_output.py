@@ -1,20 +1,22 @@
 """What the commands of ``bdlora perf`` share: options, the model that they serve, and the report that they write."""
 
 import os
+import shlex
+import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from bdlora_sglang.errors import BDLoRAError
 from bdlora_sglang.model_names import resolve_model
 
 if TYPE_CHECKING:
     from bdlora_perf.report.schema import Report
+    from bdlora_perf.report.tables import Table
 
 SYNTHETIC = "synthetic"
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -55,6 +57,11 @@ def model_folder(model: str, work: Path, hidden_size: int, layers: int, seed: in
     return str(synthetic_model(work, hidden_size, layers, seed))
 
 
+def split(texts: Sequence[str] | None) -> list[str]:
+    """The names of an option that takes several, by comma or repeated."""
+    return [name.strip() for text in texts or () for name in text.split(",")]
+
+
 def check_output(folder: Path, force: bool) -> None:
     """Find out before the measurement whether its report can be written, and make the folder.
 
@@ -88,6 +95,19 @@ def flags_beside_others(flags: Sequence[str] | None, has_gpu: bool) -> list[str]
     return given if has_gpu or "--mem-fraction-static" in given else ["--mem-fraction-static", "0.9", *given]
 
 
+def typed_command() -> str:
+    """What the user typed, for the report."""
+    return shlex.join(["bdlora", *sys.argv[1:]])
+
+
+def report_on(measure: "Callable[[Callable[[str], None]], Report]", output: Path) -> None:
+    """Measure, saying what goes on, then `finish`; ``measure`` gets what it tells that to."""
+    console = Console()
+    with console.status("preparing") as status:
+        report = measure(status.update)
+    finish(console, report, output)
+
+
 def finish(console: Console, report: "Report", output: Path, *, all_must_be_measured: bool = True) -> None:
     """Write and print a report, and end the command with exit code 130 where it was interrupted.
 
@@ -112,16 +132,22 @@ def print_report(console: Console, report: "Report", paths: list[Path]) -> None:
 
     results = Results(report)
     speed_ups = speed_up_tables(results)
-    for content in speed_ups[: 2 * len(report.baselines)] or median_tables(results)[:1]:
-        table = Table(title=content.title, caption=content.caption)
-        for i, column in enumerate(content.columns):
-            table.add_column(column, justify="left" if i < content.texts else "right")
-        for row in content.rows:
-            table.add_row(*row)
-        console.print(table)
+    for table in speed_ups[: 2 * len(report.baselines)] or median_tables(results)[:1]:
+        print_table(console, table)
     for failure in report.failures:
         console.print(f"{failure.system}: {failure.message}", style="red", markup=False, soft_wrap=True)
         console.print(failure.log_tail, markup=False, highlight=False, soft_wrap=True)
     for note in report.notes:
         console.print(note, style="yellow", markup=False)
     console.print(f"Report: {', '.join(str(path) for path in paths)}", soft_wrap=True)
+
+
+def print_table(console: Console, table: "Table") -> None:
+    from rich.table import Table
+
+    shown = Table(title=table.title, caption=table.caption)
+    for i, column in enumerate(table.columns):
+        shown.add_column(column, justify="left" if i < table.texts else "right")
+    for row in table.rows:
+        shown.add_row(*row)
+    console.print(shown)

@@ -1,16 +1,19 @@
 """Two reports side by side: what became better, what became worse, and what is noise."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import product
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from bdlora_perf.report.frame import Results, by_round, describe, label_with_unit
+from bdlora_perf.report.frame import Results, adjust, by_round
 from bdlora_perf.report.kinds import LAYOUTS
-from bdlora_perf.report.schema import Metric, Report
+from bdlora_perf.report.schema import Report
+from bdlora_perf.report.words import describe, label_with_unit
 from bdlora_sglang.errors import BDLoRAError
 
 DEFAULT_TOLERANCE = 0.05
@@ -76,159 +79,113 @@ def compare_reports(a: Report, b: Report, tolerance: float = DEFAULT_TOLERANCE) 
     if a.kind != b.kind:
         raise BDLoRAError(f"reports: found the kinds '{a.kind}' and '{b.kind}', expected two of one kind")
     for name in a.metrics.keys() & b.metrics.keys():
-        if (a.metrics[name].unit, a.metrics[name].better) != (b.metrics[name].unit, b.metrics[name].better):
-            raise BDLoRAError(
-                f"metric '{name}': found {_sense(a.metrics[name])} and {_sense(b.metrics[name])}, expected one meaning"
-            )
+        one, other = (f"[{m.unit}], better {m.better or 'neither way'}" for m in (a.metrics[name], b.metrics[name]))
+        if one != other:
+            raise BDLoRAError(f"metric '{name}': found {one} and {other}, expected one meaning")
     results = Results(a), Results(b)
-    rounds = _rounds(results[0]), _rounds(results[1])
-    common = [key for key in rounds[0] if key in rounds[1]]
+    rows = [_single(found) for found in results]
+    single = [own.groupby(_FIGURE, sort=False).value.agg(list).to_dict() for own in rows]
+    common = [figure for figure in single[0] if figure in single[1]]
     if not common:
         raise BDLoRAError("reports: found no system, point and metric that is in both, expected at least one")
-    headlines = LAYOUTS[a.kind].headlines
-    figures = [
-        _Figure(system, describe(dict(point), results[0].varying), metric, better, (rounds[0][key], rounds[1][key]), 0)  # type: ignore[arg-type]
-        for key in common
-        for system, point, metric in [key]
-        for better in [a.metrics[metric].better]
+    shared = [own.merge(pd.DataFrame(common, columns=_FIGURE), on=_FIGURE) for own in rows]
+    old, new = (own | _over_points(*of_report) for own, *of_report in zip(single, results, shared, strict=True))
+    pairs = {figure: (values, new[figure]) for figure, values in old.items() if figure in new}
+    exact = a.estimate and b.estimate
+    p_values = pd.Series([0.0 if exact else _p_value(*pair) for pair in pairs.values()])
+    p_values = p_values.groupby([family for family, *_ in pairs]).transform(adjust)
+    changes = [
+        _change(results[0], figure, pair, p_value, tolerance)
+        for (figure, pair), p_value in zip(pairs.items(), p_values, strict=True)
     ]
-    figures += _over_points(a, common, *rounds)
-    figures += [
-        figure
-        for baseline in a.baselines
-        if baseline in b.baselines
-        for metric in headlines
-        for figure in _speed_ups(results, baseline, metric)
-    ]
-    p_values = np.array([_p_value(*figure.pair, exact=a.estimate and b.estimate) for figure in figures])
-    families = np.array([figure.family for figure in figures])
-    for family in set(families):
-        tested = (families == family) & ~np.isnan(p_values)
-        p_values[tested] = stats.false_discovery_control(p_values[tested]) if tested.any() else []
-    changes = [_change(a, figure, float(p), tolerance) for figure, p in zip(figures, p_values, strict=True)]
     warnings = [*_warnings(a, b)]
     if count := sum(change.verdict is Verdict.UNTESTED for change in changes):
         warnings.append(f"{count} figures have fewer than two rounds in one of the reports: nothing is known of noise.")
-    return Comparison(tuple(changes), _missing(*rounds), _missing(rounds[1], rounds[0]), tuple(warnings))
+    return Comparison(tuple(changes), _missing(*single), _missing(single[1], single[0]), tuple(warnings))
 
 
-_Key = tuple[str, frozenset[tuple[str, object]], str]
-_Pair = tuple["pd.Series[float]", "pd.Series[float]"]
+# What figures are matched by. ``where`` is a point (what it is, for the reports number theirs differently), all points,
+# or a baseline. False discoveries are controlled within each family.
+_FIGURE = ["family", "system", "where", "metric"]
+_SINGLE, _HEADLINE, _MEAN, _SPEED_UP = "single", "mean of a headline", "mean", "speed-up"
+_Figure = tuple[str, str, Any, str]
 
 
-@dataclass(frozen=True)
-class _Figure:
-    """What is compared: the values by round in both reports. False discoveries are controlled within a ``family``."""
-
-    system: str
-    where: str
-    metric: str
-    better: str | None
-    pair: _Pair
-    family: int
+def _single(results: Results) -> pd.DataFrame:
+    """The frame of a report, with what its figures are matched by."""
+    points = {number: frozenset(point.items()) for number, point in enumerate(results.points)}
+    return results.frame.assign(family=_SINGLE, where=results.frame.point.map(points))
 
 
-def _rounds(results: Results) -> "dict[_Key, pd.Series[float]]":
-    """The values of every figure by round."""
-    groups = results.frame.groupby(["metric", "point", "system"], sort=False)
-    return {
-        (system, frozenset(results.points[point].items()), metric): rows.set_index("round").value
-        for (metric, point, system), rows in groups
-    }
+def _over_points(results: Results, rows: pd.DataFrame) -> dict[_Figure, list[float]]:
+    """Geometric means over the points of each system's metric in ``rows``, and of each speed-up, by round.
+
+    Of the rounds that have all of the points. Drift of the machine, which neighbours share, is not in speed-ups.
+    """
+    headlines = [name for name in LAYOUTS[results.report.kind].headlines if name in results.metrics]
+    rows = rows.groupby(["system", "metric"]).filter(lambda own: own.point.nunique() > 1 and (own.value > 0).all())
+    family = np.where(rows.metric.isin(headlines), _HEADLINE, _MEAN)
+    logs = [rows.assign(value=np.log(rows.value), family=family, where="all points")]
+    for baseline, metric in product(results.report.baselines, headlines):
+        speed_ups = results.logs(metric, baseline).assign(family=_SPEED_UP, where=baseline)
+        logs += [speed_ups[speed_ups.system == name] for name in results.systems]
+    by_figure = pd.concat(logs).groupby(_FIGURE, sort=False)
+    return {figure: [*means] for figure, own in by_figure if len(means := np.exp(by_round(own)))}
 
 
-def _over_points(
-    report: Report,
-    common: Collection[_Key],
-    rounds_a: "dict[_Key, pd.Series[float]]",
-    rounds_b: "dict[_Key, pd.Series[float]]",
-) -> Iterator[_Figure]:
-    """Geometric means over the points of each system's metric, in the rounds that have all of them."""
-    for system, metric in dict.fromkeys((system, metric) for system, _, metric in common):
-        keys = [key for key in common if (key[0], key[2]) == (system, metric)]
-        tables = [pd.concat([rounds[key] for key in keys], axis=1).dropna() for rounds in (rounds_a, rounds_b)]
-        if len(keys) > 1 and all((table > 0).all(axis=None) for table in tables) and all(map(len, tables)):
-            old, new = (np.exp(np.log(table).mean(axis=1)) for table in tables)
-            family = 1 if metric in LAYOUTS[report.kind].headlines else 2
-            yield _Figure(system, "all points", metric, report.metrics[metric].better, (old, new), family)
-
-
-def _speed_ups(results: tuple[Results, Results], baseline: str, metric: str) -> Iterator[_Figure]:
-    """Speed-ups over a baseline, over all points: drift of the machine, which neighbours share, is not in them."""
-    label = results[0].report.systems[baseline].label
-    logs = [found.logs(metric, baseline) for found in results if metric in found.metrics]
-    for system in results[0].systems if len(logs) == 2 else ():
-        old, new = (np.exp(by_round(found[found.system == system])) for found in logs)
-        if len(old) and len(new):
-            yield _Figure(system, f"speed-up over {label}", metric, "higher", (old, new), 3)
-
-
-def _p_value(a: "pd.Series[float]", b: "pd.Series[float]", exact: bool) -> float:
+def _p_value(a: Sequence[float], b: Sequence[float]) -> float:
     """NaN where nothing can be tested."""
-    if exact:
-        return 0.0
     if min(len(a), len(b)) < 2:
         return np.nan
-    if a.nunique() == b.nunique() == 1:
-        return float(a.iloc[0] == b.iloc[0])
-    logs = (np.log(a), np.log(b)) if min(a.min(), b.min()) > 0 else (a, b)
+    if len({*a}) == len({*b}) == 1:
+        return float(a[0] == b[0])
+    logs = (np.log(a), np.log(b)) if min(*a, *b) > 0 else (a, b)
     return float(stats.ttest_ind(*logs, equal_var=False).pvalue)
 
 
-def _change(report: Report, figure: _Figure, p_value: float, tolerance: float) -> Change:
-    old, new = (float(values.median()) for values in figure.pair)
+def _change(
+    results: Results, figure: _Figure, pair: tuple[Sequence[float], Sequence[float]], p_value: float, tolerance: float
+) -> Change:
+    family, system, where, metric = figure
+    report, better = results.report, results.report.metrics[metric].better
+    if family == _SINGLE:
+        where = describe(dict(where), results.varying)
+    elif family == _SPEED_UP:
+        where, better = f"speed-up over {report.systems[where].label}", "higher"
+    old, new = (float(np.median(values)) for values in pair)
     if np.isnan(p_value):
         verdict = Verdict.UNTESTED
     elif p_value > FALSE_DISCOVERY_RATE or abs(new - old) <= tolerance * abs(old):
         verdict = Verdict.SAME
-    elif figure.better is None:
+    elif better is None:
         verdict = Verdict.CHANGE
     else:
-        verdict = Verdict.IMPROVEMENT if (new > old) == (figure.better == "higher") else Verdict.REGRESSION
-    return Change(
-        report.systems[figure.system].label,
-        figure.where,
-        label_with_unit(report.metrics[figure.metric]),
-        old,
-        new,
-        new / old if old else None,
-        None if np.isnan(p_value) else p_value,
-        verdict,
-    )
+        verdict = Verdict.IMPROVEMENT if (new > old) == (better == "higher") else Verdict.REGRESSION
+    label, unit = report.systems[system].label, label_with_unit(report.metrics[metric])
+    known = None if np.isnan(p_value) else p_value
+    return Change(label, where, unit, old, new, new / old if old else None, known, verdict)
 
 
-def _missing(keys: Collection[_Key], others: Collection[_Key]) -> tuple[str, ...]:
-    """What of ``keys`` the others lack, each named as a whole: a system, a point, a metric, or one figure."""
-    systems, points, metrics = (set(part) for part in zip(*others, strict=True))
-    found: dict[str, None] = {}
-    for key in keys:
-        system, point, metric = key
-        where = describe(dict(point))  # type: ignore[arg-type]
+def _missing(figures: Collection[_Figure], others: Collection[_Figure]) -> tuple[str, ...]:
+    """What of single figures the others lack, each named as a whole: a system, a point, a metric, or one figure."""
+    _, systems, points, metrics = (set(part) for part in zip(*others, strict=True))
+
+    def name(system: str, point: Any, metric: str) -> str:
         if system not in systems:
-            found[f"system {system}"] = None
-        elif point not in points:
-            found[f"point {where}"] = None
-        elif metric not in metrics:
-            found[f"metric {metric}"] = None
-        elif key not in others:
-            found[f"{metric} of {system} at {where}"] = None
-    return tuple(found)
+            return f"system {system}"
+        if point not in points:
+            return f"point {describe(dict(point))}"
+        return f"{metric} of {system} at {describe(dict(point))}" if metric in metrics else f"metric {metric}"
+
+    return tuple(dict.fromkeys(name(*figure[1:]) for figure in figures if figure not in others))
 
 
 def _warnings(a: Report, b: Report) -> Iterator[str]:
     if a.estimate != b.estimate:
         yield "One report is an estimate, the other was measured."
-    for what, left, right in (
-        ("processors", a.machine.processor, b.machine.processor),
-        ("numbers of cores", a.machine.cores, b.machine.cores),
-        ("GPUs", a.machine.gpus, b.machine.gpus),
-    ):
-        if left != right:
+    for what, field in {"processors": "processor", "numbers of cores": "cores", "GPUs": "gpus"}.items():
+        if getattr(a.machine, field) != getattr(b.machine, field):
             yield f"Measured on different machines: the {what} differ."
     for name in sorted(a.settings.keys() | b.settings.keys()):
         if a.settings.get(name) != b.settings.get(name):
             yield f"Different settings: {name} is {a.settings.get(name)} and {b.settings.get(name)}."
-
-
-def _sense(metric: Metric) -> str:
-    return f"[{metric.unit}], better {metric.better or 'neither way'}"

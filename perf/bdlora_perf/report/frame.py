@@ -1,70 +1,72 @@
 """The figures of a report as one long pandas frame, and the statistics of its rows."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
 from typing import Literal
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from bdlora_perf.report.schema import Metric, Point, Report, Value
+from bdlora_perf.report.schema import Point, Report, Value
+from bdlora_perf.report.words import describe
 from bdlora_sglang.errors import BDLoRAError
 
 CONFIDENCE = 0.95
 
 
-@dataclass(frozen=True)
-class Ratio:
-    """A speed-up: more than 1 is better than the baseline. No ``interval`` with fewer than two ``rounds``."""
-
-    value: float
-    interval: tuple[float, float] | None
-    rounds: int
-
-
-def log_ratios(rows: pd.DataFrame, baseline: str, better: Literal["higher", "lower"]) -> pd.DataFrame:
-    """Per system, point and round the logarithm of how many times better it is than its neighbour, the baseline.
+def differences(rows: pd.DataFrame, baseline: str) -> pd.DataFrame:
+    """The rows of the other systems; ``value`` is how much more each has than its neighbour, the baseline.
 
     Args:
-        rows: of one metric, with the columns of `Results.frame`. A round that lacks the baseline, or in which one of
-            the two is not positive, has no ratio.
+        rows: of one metric, with the columns of `Results.frame`. What lacks the baseline in its round is left out.
     """
-    rows = rows[rows.value > 0]
     own = rows[rows.system == baseline][["point", "round", "value"]]
     pairs = rows[rows.system != baseline].merge(own, on=["point", "round"], suffixes=("", "_of_baseline"))
-    sign = 1 if better == "higher" else -1
-    return pairs.assign(log=sign * np.log((pairs.value / pairs.value_of_baseline).astype(float)))
+    return pairs.assign(value=pairs.value - pairs.value_of_baseline)
 
 
-def by_round(logs: pd.DataFrame) -> pd.Series:
-    """The mean over all points of one system's log-ratios in each round that none of its points lacks."""
-    means = logs.groupby("round").log.agg(["mean", "size"])
-    return means["mean"][means["size"] == logs.point.nunique()]
+def log_ratios(rows: pd.DataFrame, baseline: str, better: Literal["higher", "lower"] | None) -> pd.DataFrame:
+    """`differences` of logarithms: ``value`` is that of how many times better a system is than the baseline.
 
-
-def interval(logs: Sequence[float]) -> tuple[float, float]:
-    """Student's t interval of the mean of at least two logarithms, as factors."""
-    center, half = np.mean(logs), stats.t.ppf((1 + CONFIDENCE) / 2, len(logs) - 1) * stats.sem(logs)
-    return float(np.exp(center - half)), float(np.exp(center + half))
-
-
-def mean_ratio(logs: pd.DataFrame) -> Ratio | None:
-    """Geometric mean over points of one system's ratios (`log_ratios`); None without any.
-
-    The value at one point is the geometric mean over its rounds. The interval is of the rounds that all points share:
-    it holds what varies from run to run, not how the points differ.
+    A round in which one of the two is not positive has no ratio, nor has a metric without a better direction.
     """
-    if logs.empty:
-        return None
-    rounds = by_round(logs)
-    center = logs.groupby("point").log.mean().mean()
-    bounds = None
-    if len(rounds) >= 2:
-        shift = float(np.exp(center - rounds.mean()))
-        low, high = interval(rounds)
-        bounds = low * shift, high * shift
-    return Ratio(float(np.exp(center)), bounds, len(rounds))
+    rows = rows[rows.value > 0] if better else rows[:0]
+    return differences(rows.assign(value=np.log(rows.value) * (1 if better == "higher" else -1)), baseline)
+
+
+def by_round(rows: pd.DataFrame) -> pd.Series:
+    """The mean over all points of one system's values in each round that none of its points lacks."""
+    means = rows.groupby("round").value.agg(["mean", "size"])
+    return means["mean"][means["size"] == rows.point.nunique()]
+
+
+def mean_effect(rows: pd.DataFrame) -> pd.Series:
+    """`by_round` of one system's `differences`: what varies from run to run, not how the points differ.
+
+    A round that a point lacks counts for the mean alone: all are moved so that their mean is that over the points, of
+    the means over each point's rounds. Where no round has all points, that mean stands for them.
+    """
+    rounds, mean = by_round(rows), rows.groupby("point").value.mean().mean()
+    return rounds - rounds.mean() + mean if len(rounds) or rows.empty else pd.Series([mean])
+
+
+def interval(values: pd.Series) -> tuple[float, float]:
+    """Student's t interval of the mean; NaN with fewer than two values."""
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * values.sem()
+    return values.mean() - half, values.mean() + half
+
+
+def p_value(values: pd.Series) -> float:
+    """Of the t-test that the mean is 0; NaN where nothing varies."""
+    return float(stats.ttest_1samp(values, 0).pvalue) if values.nunique() > 1 else np.nan
+
+
+def adjust(p_values: np.ndarray) -> np.ndarray:
+    """The p-values of one family of tests after Benjamini and Hochberg; NaN, where nothing was tested, stays."""
+    adjusted = np.array(p_values, float)
+    tested = ~np.isnan(adjusted)
+    adjusted[tested] = stats.false_discovery_control(adjusted[tested])
+    return adjusted
 
 
 def _described(kind: str, described: Iterable[str], used: Collection[str]) -> tuple[str, ...]:
@@ -93,22 +95,28 @@ class Results:
         for sample in report.samples:
             for name, value in sample.point.items():
                 values.setdefault(name, {})[value] = None
-        order = {name: {value: i for i, value in enumerate(found)} for name, found in values.items()}
-
-        def place(point: Point) -> list[tuple[int, float]]:
-            found = ((name, point.get(name)) for name in order)
-            return [(0, v) if isinstance(v, (int, float)) else (1, order[name].get(v, -1)) for name, v in found]
-
+        order = {
+            name: [*sorted(v for v in found if isinstance(v, (int, float))), None, *found]
+            for name, found in values.items()
+        }
         distinct = {frozenset(sample.point.items()): sample.point for sample in report.samples if sample.metrics}
-        self.points: list[Point] = sorted(distinct.values(), key=place)
+        self.points: list[Point] = sorted(
+            distinct.values(), key=lambda point: [order[name].index(point.get(name)) for name in order]
+        )
         numbers = {frozenset(point.items()): i for i, point in enumerate(self.points)}
         rows = [
             (sample.system, metric, numbers[frozenset(sample.point.items())], sample.round, value)
             for sample in report.samples
             for metric, value in sample.metrics.items()
         ]
-        frame = pd.DataFrame(rows, columns=["system", "metric", "point", "round", "value"])
-        self._refuse_twice(frame)
+        frame = pd.DataFrame(rows, columns=["system", "metric", "point", "round", "value"]).astype({"value": float})
+        twice = frame[frame.duplicated(["system", "metric", "point", "round"])]
+        if len(twice):
+            first = twice.iloc[0]
+            raise BDLoRAError(
+                f"samples: found two of system '{first.system}' at {describe(self.points[first.point])} in round "
+                f"{first['round']}, expected one"
+            )
         self.systems = _described("system", report.systems, set(frame.system))
         self.metrics = _described("metric", report.metrics, set(frame.metric))
         _described("baseline", report.systems, report.baselines)
@@ -119,29 +127,21 @@ class Results:
         )
         self.frame = frame.join(dimensions, on="point").sort_values("point", kind="stable")
 
-    def _refuse_twice(self, frame: pd.DataFrame) -> None:
-        twice = frame[frame.duplicated(["system", "metric", "point", "round"])]
-        if len(twice):
-            first = twice.iloc[0]
-            raise BDLoRAError(
-                f"samples: found two of system '{first.system}' at {describe(self.points[first.point])} in round "
-                f"{first['round']}, expected one"
-            )
-
-    def rows(self, metric: str, systems: Collection[str] | None = None) -> pd.DataFrame:
-        """The rows of a metric, of some systems or all."""
-        rows = self.frame[self.frame.metric == metric]
-        return rows if systems is None else rows[rows.system.isin(systems)]
+    def rows(self, metric: str) -> pd.DataFrame:
+        """The rows of a metric."""
+        return self.frame[self.frame.metric == metric]
 
     def dimensions(self, rows: pd.DataFrame) -> list[str]:
         """Of the varying dimensions those that one of the rows has."""
         return [name for name in self.varying if rows[name].notna().any()]
 
     def logs(self, metric: str, baseline: str) -> pd.DataFrame:
-        """`log_ratios` of a metric; empty where it has no better direction."""
-        better = self.report.metrics[metric].better
-        rows = self.rows(metric)
-        return log_ratios(rows if better else rows[:0], baseline, better or "higher")
+        """`log_ratios` of a metric."""
+        return log_ratios(self.rows(metric), baseline, self.report.metrics[metric].better)
+
+    def labels(self, rows: pd.DataFrame) -> dict[str, str]:
+        """By name, of the systems that have one of the rows, in the report's order."""
+        return {name: self.report.systems[name].label for name in self.systems if (rows.system == name).any()}
 
     def groups(self, points: Iterable[int], dimensions: Iterable[str]) -> list[tuple[Point, list[int]]]:
         """The points that agree on ``dimensions``, after what they agree on; those that do not vary are dropped."""
@@ -151,45 +151,3 @@ class Results:
             key = {name: self.points[number][name] for name in names if name in self.points[number]}
             found.setdefault(frozenset(key.items()), (key, []))[1].append(number)
         return list(found.values())
-
-
-def describe(point: Mapping[str, Value], dimensions: Iterable[str] | None = None) -> str:
-    """A point in words, e.g. ``concurrency 8, uniform``: names stand for themselves."""
-    names = sorted(point) if dimensions is None else [name for name in dimensions if name in point]
-    words = [v if isinstance(v := point[name], str) else f"{spaced(name)} {format_value(v)}" for name in names]
-    return ", ".join(words) or "all points"
-
-
-def label_with_unit(metric: Metric) -> str:
-    return f"{metric.label} [{metric.unit}]" if metric.unit else metric.label
-
-
-def spaced(name: str) -> str:
-    """A dimension, setting or detail in words."""
-    return name.replace("_", " ")
-
-
-def count_rounds(counts: Iterable[int]) -> str:
-    """How many rounds stand behind some figures, e.g. ``3 rounds`` or ``2 to 3 rounds``."""
-    found = sorted(set(counts))
-    if found == [1]:
-        return "1 round"
-    return f"{found[0]} rounds" if len(found) == 1 else f"{found[0]} to {found[-1]} rounds"
-
-
-def format_value(value: Value) -> str:
-    """A setting or a dimension: exactly what it is."""
-    if value is None:
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int) and abs(value) >= 10_000:
-        return f"{value:,}"
-    return str(value)
-
-
-def format_number(value: float) -> str:
-    """A measured figure: four significant digits, all digits of whole numbers."""
-    if value == int(value) or abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:#.4g}"

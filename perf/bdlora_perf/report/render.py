@@ -2,43 +2,22 @@
 
 import base64
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template, select_autoescape
+from markdown_it import MarkdownIt
 
-from bdlora_perf.report.frame import Results, describe
+from bdlora_perf.report import tables
+from bdlora_perf.report.drawing import Plot
+from bdlora_perf.report.frame import Results
 from bdlora_perf.report.kinds import LAYOUTS
-from bdlora_perf.report.paired import paired_tables
-from bdlora_perf.report.plots import Plot, draw_plots
+from bdlora_perf.report.plots import draw_plots
 from bdlora_perf.report.schema import Failure, Report, save_report, write_atomically
-from bdlora_perf.report.tables import Table, median_tables, run_table, settings_table, speed_up_tables, systems_table
+from bdlora_perf.report.words import describe
 from bdlora_sglang.errors import BDLoRAError
 
 ESTIMATE_LABEL = "Estimate: nothing was measured"
-
-
-@dataclass(frozen=True)
-class Log:
-    """A failure: where, why, and the end of the log."""
-
-    title: str
-    message: str
-    text: str
-
-    @property
-    def fence(self) -> str:
-        """Longer than any fence inside."""
-        return "`" * max(3, *(len(run) + 1 for run in re.findall("`+", self.text)), 3)
-
-
-@dataclass(frozen=True)
-class Section:
-    title: str
-    tables: tuple[Table, ...] = ()
-    plots: tuple[Plot, ...] = ()
-    logs: tuple[Log, ...] = ()
-    texts: tuple[str, ...] = ()
 
 
 def write_report(report: Report, folder: Path, html: bool = False) -> list[Path]:
@@ -49,50 +28,52 @@ def write_report(report: Report, folder: Path, html: bool = False) -> list[Path]
     Raises:
         BDLoRAError: the folder or a file cannot be written, or the samples contradict each other.
     """
-    plots = folder / "plots"
+    images = folder / "plots"
     try:
-        plots.mkdir(parents=True, exist_ok=True)
+        images.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BDLoRAError(f"{plots}: found {error.strerror}, expected to be able to make the folder") from error
+        raise BDLoRAError(f"{images}: found {error.strerror}, expected to be able to make the folder") from error
     written = [save_report(report, folder)]
-    sections = _sections(report)
-    files = {plots / f"{plot.name}.svg": plot.svg for section in sections for plot in section.plots}
-    for name in ("report.md", "report.html") if html else ("report.md",):
-        files[folder / name] = _page(report, sections, f"{name}.j2")
-    for path, text in files.items():
-        write_atomically(path, text)
-    return [*written, *files]
-
-
-def _sections(report: Report) -> list[Section]:
-    results, layout = Results(report), LAYOUTS[report.kind]
-    sections = (
-        Section("Systems", (systems_table(report),)),
-        Section("Plots", plots=tuple(draw_plots(results, layout.plots))),
-        Section("Speed-up", tuple(speed_up_tables(results))),
-        Section("Paired differences", tuple(paired_tables(results, layout.paired, layout.grouped_by))),
-        Section("Estimates" if report.estimate else "Measurements", tuple(median_tables(results))),
-        Section("Failures", logs=tuple(_log(report, failure) for failure in report.failures)),
-        Section("Notes", texts=report.notes),
-        Section("Settings and machine", (settings_table(results), run_table(report))),
+    results = Results(report)
+    plots = draw_plots(results, LAYOUTS[report.kind].plots)
+    page = _template("report.md.j2").render(
+        report=report,
+        estimate_label=ESTIMATE_LABEL,
+        systems=[tables.systems_table(report)],
+        plots=plots,
+        speed_ups=tables.speed_up_tables(results),
+        paired=tables.paired_tables(results),
+        medians=tables.median_tables(results),
+        failures=[(_where(report, failure), failure) for failure in report.failures],
+        settings=[tables.settings_table(results), tables.run_table(report)],
     )
-    return [section for section in sections if section.tables or section.plots or section.logs or section.texts]
+    files = {f"plots/{plot.name}.svg": plot.svg for plot in plots} | {"report.md": page}
+    if html:
+        files["report.html"] = _html(report.title, page, plots)
+    for name, text in files.items():
+        written.append(folder / name)
+        write_atomically(written[-1], text)
+    return written
 
 
-def _log(report: Report, failure: Failure) -> Log:
+def _where(report: Report, failure: Failure) -> str:
     system = report.systems.get(failure.system)
     label = system.label if system else failure.system
-    where = f" at {describe(failure.point)}" if failure.point else ""
-    return Log(label + where, failure.message, failure.log_tail)
+    return f"{label} at {describe(failure.point)}" if failure.point else label
 
 
-def _page(report: Report, sections: list[Section], template: str) -> str:
-    warnings = []
-    if not report.samples:
-        warnings.append("No sample was taken: there is nothing to show.")
-    if report.failures:
-        count = len(report.failures)
-        warnings.append(f"{count} part{'s' * (count > 1)} of the sweep failed: see Failures.")
+def _html(title: str, markdown: str, plots: Iterable[Plot]) -> str:
+    """The same page as a single file; what may be wide scrolls by itself."""
+    body = MarkdownIt("commonmark").enable("table").render(markdown).replace("<pre>", '<pre tabindex="0">')
+    wide = re.compile("<p>(<img [^>]*>)</p>|(<table>.*?</table>)", re.DOTALL)
+    body = wide.sub(r'<div class="scroll" tabindex="0">\1\2</div>', body)
+    for plot in plots:
+        data = base64.b64encode(plot.svg.encode()).decode()
+        body = body.replace(f'"plots/{plot.name}.svg"', f'"data:image/svg+xml;base64,{data}"')
+    return _template("report.html.j2").render(title=title, body=body)
+
+
+def _template(name: str) -> Template:
     environment = Environment(
         loader=PackageLoader("bdlora_perf.report"),
         autoescape=select_autoescape(["html.j2"]),
@@ -102,13 +83,15 @@ def _page(report: Report, sections: list[Section], template: str) -> str:
         undefined=StrictUndefined,
     )
     environment.filters["md"] = _escape_markdown
-    environment.filters["base64"] = lambda text: base64.b64encode(text.encode()).decode()
-    label = ESTIMATE_LABEL if report.estimate else ""
-    return environment.get_template(template).render(
-        title=report.title, label=label, warnings=warnings, sections=sections
-    )
+    environment.filters["fence"] = _fence
+    return environment.get_template(name)
 
 
 def _escape_markdown(text: str) -> str:
     """One line in which no character has a meaning of its own."""
     return re.sub(r"([\\`*_<>|\[\]#~&$])", r"\\\1", " ".join(text.split()))
+
+
+def _fence(text: str) -> str:
+    """Longer than any fence inside."""
+    return "`" * max(3, *(len(run) + 1 for run in re.findall("`+", text)), 3)

@@ -10,7 +10,7 @@ from bdlora_sglang.errors import BDLoRAError
 
 SCHEMA_VERSION: Final = 1
 
-Kind = Literal["serve", "collectives", "kernels", "kernels-static", "estimate", "engine", "swap", "quality"]
+Kind = Literal["serve", "collectives", "kernels", "kernels-static", "estimate", "engine", "swap", "quality", "convert"]
 Value = str | int | float | bool | None
 # Where in a sweep a figure was measured: the value of each dimension.
 Point = dict[str, Value]

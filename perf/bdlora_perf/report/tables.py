@@ -1,27 +1,20 @@
 """The tables of a report's pages: every figure is worked out and formatted here, once for all templates."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import product
 
+import numpy as np
 import pandas as pd
 
-from bdlora_perf.report.frame import (
-    CONFIDENCE,
-    Ratio,
-    Results,
-    count_rounds,
-    format_number,
-    format_value,
-    label_with_unit,
-    mean_ratio,
-    spaced,
-)
+from bdlora_perf.report.frame import CONFIDENCE, Results, adjust, differences, interval, mean_effect, p_value
 from bdlora_perf.report.kinds import LAYOUTS
-from bdlora_perf.report.schema import Point, Report
+from bdlora_perf.report.schema import Metric, Point, Report
+from bdlora_perf.report.words import count_rounds, describe, format_number, format_value, label_with_unit, spaced
 
-# How many rows a reader takes in at a glance; longer tables are folded away.
-_FOLD_ABOVE = 24
+# By group of points and system: what `mean_effect` finds, empty where there is nothing.
+_Effects = Sequence[Sequence[pd.Series]]
+_Cells = Sequence[Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -36,7 +29,8 @@ class Table:
 
     @property
     def folded(self) -> bool:
-        return len(self.rows) > _FOLD_ABOVE
+        """Away, for it has more rows than a reader takes in at a glance."""
+        return len(self.rows) > 24
 
 
 def run_table(report: Report) -> Table:
@@ -64,68 +58,112 @@ def settings_table(results: Results) -> Table:
 
 def systems_table(report: Report) -> Table:
     """One column a system, one row a detail."""
-    details = tuple(dict.fromkeys(chain.from_iterable(system.details for system in report.systems.values())))
-    rows = tuple(
-        (spaced(name), *(format_value(system.details.get(name)) for system in report.systems.values()))
-        for name in details
-    )
-    columns = ("", *(system.label for system in report.systems.values()))
+    systems = report.systems.values()
+    details = dict.fromkeys(name for system in systems for name in system.details)
+    rows = tuple((spaced(name), *(format_value(system.details.get(name)) for system in systems)) for name in details)
+    columns = ("", *(system.label for system in systems))
     return Table("", columns, rows, texts=len(columns))
 
 
 def speed_up_tables(results: Results) -> list[Table]:
     """For each headline and baseline: geometric means over groups of points, and every point."""
-    return [
-        table
-        for metric in results.metrics
-        if metric in LAYOUTS[results.report.kind].headlines
-        for baseline in results.report.baselines
-        if len(logs := results.logs(metric, baseline))
-        for table in _speed_up_tables(results, metric, baseline, logs)
-    ]
-
-
-def _speed_up_tables(results: Results, metric: str, baseline: str, logs: pd.DataFrame) -> list[Table]:
-    rows = results.rows(metric, [baseline])
-    each_point = results.groups(set(rows.point), results.dimensions(rows))
-    groups = results.groups(set(rows.point), LAYOUTS[results.report.kind].grouped_by)
-    title = f"Speed-up over {results.report.systems[baseline].label}: {results.report.metrics[metric].label}"
+    headlines = [name for name in results.metrics if name in LAYOUTS[results.report.kind].headlines]
     tables = []
-    if 1 < len(groups) < len(each_point):
-        tables.append(_speed_up_table(results, f"{title}, geometric means", metric, logs, groups))
-    return [*tables, _speed_up_table(results, title, metric, logs, each_point)]
+    for metric, baseline in product(headlines, results.report.baselines):
+        described = results.report.metrics[metric]
+        logs = results.logs(metric, baseline)
+        for grouped, points, effects in _mean_effects(results, logs):
+            title = f"Speed-up over {results.report.systems[baseline].label}: {described.label}"
+            title += ", geometric means" if grouped else ""
+            cells = [[*map(format_ratio, row)] for row in effects]
+            content = _by_point(results, points, results.labels(logs).values(), cells, "geometric mean")
+            tables.append(Table(title, *content, _speed_up_caption(described, effects)))
+    return tables
 
 
-def _speed_up_table(
-    results: Results, title: str, metric: str, logs: pd.DataFrame, groups: list[tuple[Point, list[int]]]
-) -> Table:
-    systems = [name for name in results.systems if (logs.system == name).any()]
-    names = [name for name in results.varying if any(name in point for point, _ in groups)]
-    if len(groups) > 1:
-        groups = [*groups, ({}, [number for _, points in groups for number in points])]
-    ratios = [
-        [mean_ratio(logs[(logs.system == name) & logs.point.isin(points)]) for name in systems] for _, points in groups
-    ]
-    rows = [
-        (*point_cells(point, names), *map(format_ratio, row)) for (point, _), row in zip(groups, ratios, strict=True)
-    ]
-    if len(groups) > 1:
-        rows[-1] = ("geometric mean", *[""] * (len(names) - 1), *rows[-1][max(1, len(names)) :])
-    columns = (*point_columns(names), *(results.report.systems[name].label for name in systems))
-    caption = _speed_up_caption(results.report.metrics[metric].better == "lower", [r for row in ratios for r in row])
-    return Table(title, columns, tuple(rows), max(1, len(names)), caption)
+def paired_tables(results: Results) -> list[Table]:
+    """For each tested metric and baseline: system minus baseline, means over groups of points, and at every point."""
+    tested = [name for name in LAYOUTS[results.report.kind].paired if name in results.metrics]
+    tables = []
+    for metric, baseline in product(tested, results.report.baselines):
+        described = results.report.metrics[metric]
+        pairs = differences(results.rows(metric), baseline)
+        labels = results.labels(pairs).values()
+        for grouped, points, effects in _mean_effects(results, pairs):
+            title = f"{label_with_unit(described)}: difference to {results.report.systems[baseline].label}"
+            cells = _tested(effects)
+            if grouped:
+                title += ", means over points"
+                content = ("", *map(describe, points[:-1]), "all"), tuple(zip(labels, *cells, strict=True)), 1
+            else:
+                content = _by_point(results, points, labels, cells, "mean over all")
+            family = "cells but those of all" if grouped else "points"
+            tables.append(Table(title, *content, _paired_caption(described, effects, family)))
+    return tables
 
 
-def _speed_up_caption(lower_is_better: bool, ratios: Iterable[Ratio | None]) -> str:
-    known = [ratio for ratio in ratios if ratio]
-    sense = "baseline / system" if lower_is_better else "system / baseline"
+def _mean_effects(results: Results, rows: pd.DataFrame) -> Iterator[tuple[bool, list[Point], _Effects]]:
+    """Of `differences`: by the kind's groups of points, where these are several, and by point.
+
+    Each time: whether it is by groups, what the points of each group have in common, and the effects. Behind several
+    groups there is one of all points.
+    """
+    points = sorted(set(rows.point))
+    groupings = [results.groups(points, results.varying)] if points else []
+    groups = results.groups(points, LAYOUTS[results.report.kind].grouped_by)
+    if 1 < len(groups) < len(points):
+        groupings.insert(0, groups)
+    for groups in groupings:
+        found = [*groups, ({}, points)] if len(groups) > 1 else groups
+        effects = [
+            [mean_effect(rows[(rows.system == name) & rows.point.isin(members)]) for name in results.labels(rows)]
+            for _, members in found
+        ]
+        yield len(groups) < len(points), [point for point, _ in found], effects
+
+
+def _by_point(
+    results: Results, points: Sequence[Point], systems: Iterable[str], cells: _Cells, last: str = ""
+) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...], int]:
+    """Columns, rows and texts of a `Table`: one row a point, or of several the ``last`` for what is so called."""
+    names = [name for name in results.varying if any(name in point for point in points)]
+    heads = [tuple(format_value(point.get(name)) for name in names) or ("all points",) for point in points]
+    if last and len(heads) > 1:
+        heads[-1] = (last, *[""] * (len(names) - 1))
+    rows = tuple((*head, *row) for head, row in zip(heads, cells, strict=True))
+    return (*(map(spaced, names) if names else [""]), *systems), rows, len(heads[0])
+
+
+def _speed_up_caption(metric: Metric, effects: _Effects) -> str:
+    rounds = _rounds(effects)
+    sense = "baseline / system" if metric.better == "lower" else "system / baseline"
     text = f"{sense}: more than 1 is better. Means are over the points that a system shares with the baseline."
-    without = sum(ratio.interval is None for ratio in known)
-    if without == len(known):
+    if max(rounds) < 2:
         return f"{text} Fewer than two rounds: no confidence interval."
-    text += f" Geometric mean of the ratios within each of {count_rounds(ratio.rounds for ratio in known)}"
+    text += f" Geometric mean of the ratios within each of {count_rounds(rounds)}"
     text += f"; in brackets its {CONFIDENCE:.0%} confidence interval (Student's t on the logarithms)."
-    return f"{text} No brackets: fewer than two rounds, no interval." if without else text
+    return f"{text} No brackets: fewer than two rounds, no interval." if min(rounds) < 2 else text
+
+
+def _paired_caption(metric: Metric, effects: _Effects, family: str) -> str:
+    better = {"higher": "More than 0 is better. ", "lower": "Less than 0 is better. ", None: ""}[metric.better]
+    return (
+        f"{better}Means of {count_rounds(_rounds(effects))}; in brackets the {CONFIDENCE:.0%} interval of the paired "
+        f"difference (Student's t) and p of the paired t-test, adjusted over the table's {family} (Benjamini and "
+        "Hochberg). Means over points are those over the points that a system shares with the baseline."
+    )
+
+
+def _rounds(effects: _Effects) -> list[int]:
+    return [len(effect) for row in effects for effect in row if len(effect)]
+
+
+def _tested(effects: _Effects) -> _Cells:
+    """Cells of `paired_tables`. The last of several rows holds the same figures again: it is not in the family."""
+    p_values = np.array([[*map(p_value, row)] for row in effects])
+    family = p_values[:-1] if len(p_values) > 1 else p_values
+    family[:] = adjust(family)
+    return [[*map(format_difference, *row)] for row in zip(effects, p_values, strict=True)]
 
 
 def median_tables(results: Results) -> list[Table]:
@@ -135,58 +173,47 @@ def median_tables(results: Results) -> list[Table]:
 
 def _median_table(results: Results, metric: str) -> Table:
     described, rows = results.report.metrics[metric], results.rows(metric)
-    systems = [name for name in results.systems if (rows.system == name).any()]
-    names = results.dimensions(rows)
+    labels = results.labels(rows)
     values = rows.groupby(["point", "system"]).value
-    spreads = pd.DataFrame(
-        {"median": values.median(), "low": values.min(), "high": values.max(), "rounds": values.size()}
-    )
-    spreads["iqr"] = ((values.quantile(0.75) - values.quantile(0.25)) / spreads["median"].abs()).fillna(0)
-    spread_rows = dict(zip(spreads.index, spreads.itertuples(index=False), strict=True))
-    numbers = sorted(set(rows.point))
-    cells = [
-        (*point_cells(results.points[n], names), *(format_spread(spread_rows.get((n, name))) for name in systems))
-        for n in numbers
-    ]
-    columns = (*point_columns(names), *(results.report.systems[name].label for name in systems))
+    spreads = values.agg(["median", "min", "max", "size"])
+    cells = spreads.apply(format_spread, axis=1).unstack(fill_value="-")[[*labels]].rename(columns=labels)
     caption = {"higher": "Higher is better. ", "lower": "Lower is better. ", None: ""}[described.better]
-    if (spreads.rounds > 1).any():
-        largest = spreads.iqr.groupby(level="point").max()
-        cells = [(*row, f"{largest[number]:.1%}") for number, row in zip(numbers, cells, strict=True)]
-        columns = (*columns, "IQR")
+    if (spreads["size"] > 1).any():
+        ranges = (values.quantile(0.75) - values.quantile(0.25)) / spreads["median"].abs()
+        cells["IQR"] = ranges.fillna(0).groupby("point").max().map("{:.1%}".format)
         caption += (
-            f"Median (smallest to largest) of {count_rounds(spreads.rounds)}. "
+            f"Median (smallest to largest) of {count_rounds(spreads['size'])}. "
             "IQR: the largest interquartile range of the systems, relative to its median."
         )
     else:
         caption += "One value each: no spread."
-    return Table(label_with_unit(described), columns, tuple(cells), max(1, len(names)), caption)
+    points = [results.points[number] for number in cells.index]
+    content = _by_point(results, points, cells.columns, cells.to_numpy().tolist())
+    return Table(label_with_unit(described), *content, caption)
 
 
-def format_spread(spread: object) -> str:
+def format_spread(spread: pd.Series) -> str:
     """Median (smallest to largest), or the one value."""
-    if spread is None:
-        return "-"
-    median, low, high = (getattr(spread, name) for name in ("median", "low", "high"))
-    return format_number(median) + ("" if low == high else f" ({format_number(low)} to {format_number(high)})")
+    median, low, high = (format_number(spread[name]) for name in ("median", "min", "max"))
+    return median if spread["min"] == spread["max"] else f"{median} ({low} to {high})"
 
 
-def format_ratio(ratio: Ratio | None) -> str:
+def format_ratio(effect: pd.Series) -> str:
     """A speed-up with its confidence interval, to two decimals (tiny ones to three digits)."""
-    if ratio is None:
+    if effect.empty:
         return "-"
-    if ratio.interval is None:
-        return _decimals(ratio.value)
-    return f"{_decimals(ratio.value)} ({' to '.join(map(_decimals, ratio.interval))})"
+    ratio, low, high = (
+        f"{value:.2f}" if value >= 0.1 else f"{value:.2g}" for value in np.exp([effect.mean(), *interval(effect)])
+    )
+    return ratio if len(effect) < 2 else f"{ratio} ({low} to {high})"
 
 
-def _decimals(value: float) -> str:
-    return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
-
-
-def point_columns(names: Sequence[str]) -> tuple[str, ...]:
-    return tuple(spaced(name) for name in names) or ("",)
-
-
-def point_cells(point: Point, names: Sequence[str]) -> tuple[str, ...]:
-    return tuple(format_value(point.get(name)) for name in names) or ("all points",)
+def format_difference(effect: pd.Series, adjusted: float) -> str:
+    """A difference with its interval and p-value, where that is known."""
+    if effect.empty:
+        return "-"
+    if np.isnan(adjusted):
+        return f"{effect.mean():+.4f}"
+    low, high = interval(effect)
+    p = "p < 0.001" if adjusted < 0.001 else f"p = {adjusted:.3f}"
+    return f"{effect.mean():+.4f} ({low:+.4f} to {high:+.4f}, {p})"

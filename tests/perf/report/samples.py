@@ -327,6 +327,30 @@ def _quality() -> Report:
     return _report("quality", systems, metrics, baselines=("lora",), samples=tuple(exact))
 
 
+def _convert() -> Report:
+    systems = {name: System(label=name) for name in ("lossless", "param_ratio 0.87", "dense SVD", "thin factors")}
+    slower = dict(zip(systems, (1.0, 4.0, 80.0, 1.0), strict=True))
+    metrics = {
+        "seconds": Metric(label="Time", unit="s", better="lower"),
+        "gb_per_s": Metric(label="Weights converted", unit="GB/s", better="higher"),
+        "above_mib": Metric(label="Peak memory above the interpreter", unit="MiB", better="lower"),
+    }
+    alone = ("dense SVD", "thin factors")
+
+    def figures(system: str, point: Mapping[str, Value]) -> dict[str, float]:
+        if "module" in point:
+            return {"seconds": slower[system]} if system in alone else {}
+        size = float(str(point["billions_of_parameters"]))
+        return {} if system in alone else {
+            "seconds": size * slower[system], "gb_per_s": 1 / slower[system], "above_mib": 50 + size,
+        }  # fmt: skip
+
+    points = [*_grid(billions_of_parameters=(8, 70)), *_grid(module=("q_proj",))]
+    return _report(
+        "convert", systems, metrics, baselines=("dense SVD",), samples=tuple(_samples(systems, points, 3, figures))
+    )
+
+
 _MAKERS: Mapping[Kind, Callable[[], Report]] = {
     "serve": _serve,
     "collectives": _collectives,
@@ -336,4 +360,5 @@ _MAKERS: Mapping[Kind, Callable[[], Report]] = {
     "engine": _engine,
     "swap": _swap,
     "quality": _quality,
+    "convert": _convert,
 }

@@ -12,7 +12,7 @@ from tests.perf.report.samples import KINDS
 
 # Whether each plot is decoded, and its size on the page.
 PLOTS = """
-return [...document.querySelectorAll('figure img')].map(i => [i.complete && i.naturalWidth > 0, i.width, i.height]);
+return [...document.images].map(i => [i.complete && i.naturalWidth > 0, i.width, i.height]);
 """
 # What sticks out of the page on the right, except inside a box that scrolls by itself.
 OVERFLOW = """
