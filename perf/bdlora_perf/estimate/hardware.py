@@ -1,9 +1,12 @@
 """What GPUs and links can do. Every figure carries its source; an assumption says that it is one."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import Literal
 
 from bdlora_sglang.errors import BDLoRAError
+
+CollectiveKind = Literal["all-gather", "all-reduce"]
 
 
 @dataclass(frozen=True)
@@ -16,6 +19,14 @@ class Constant:
 
 
 @dataclass(frozen=True)
+class Kernel:
+    """One kernel's floating-point operations and bytes of memory traffic."""
+
+    flops: float
+    num_bytes: float
+
+
+@dataclass(frozen=True)
 class Link:
     """How the GPUs of one machine are connected.
 
@@ -25,7 +36,7 @@ class Link:
 
     name: str
     bandwidth: Constant
-    custom_all_reduce: bool
+    custom_all_reduce: bool = True
 
 
 @dataclass(frozen=True)
@@ -40,21 +51,49 @@ class GPU:
     link: Link
 
     @property
-    def flops_per_second(self) -> float:
-        return self.matmul.value * 1e12
-
-    @property
-    def bytes_per_second(self) -> float:
-        """What kernels that stream memory reach."""
-        return self.bandwidth.value * 1e9 * MEMORY_EFFICIENCY.value
-
-    @property
     def memory_bytes(self) -> float:
         return self.memory.value * 1e9
+
+    def seconds(self, kernel: Kernel) -> float:
+        """A kernel takes the longer of its memory traffic and its arithmetic."""
+        streaming = kernel.num_bytes / (self.bandwidth.value * 1e9 * MEMORY_EFFICIENCY.value)
+        return max(streaming, kernel.flops / (self.matmul.value * 1e12))
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective among the GPUs of one machine, of so many bytes: what all-reduce reads, all-gather writes."""
+
+    kind: CollectiveKind
+    num_bytes: float
+
+    def sent_bytes(self, tp: int) -> float:
+        """What one rank sends in a ring."""
+        return (2 if self.kind == "all-reduce" else 1) * (tp - 1) * self.num_bytes / tp
+
+    def seconds(self, link: Link, tp: int, latency: float | None = None) -> float:
+        """Its time, with everything that the ranks wait for.
+
+        Measured on eight A100 with NCCL; other links move bytes in proportion to their own bandwidth. A small
+        all-reduce takes the engine's own kernel.
+
+        Args:
+            latency: seconds, in place of the measured one of LoRA's collectives (to ask which it would take).
+        """
+        if tp == 1:
+            return 0.0
+        measured, bus = NCCL[self.kind]
+        if latency is None:
+            small = self.num_bytes <= CUSTOM_ALL_REDUCE_MAX.value * 2**20
+            custom = small and self.kind == "all-reduce" and link.custom_all_reduce
+            latency = (CUSTOM_ALL_REDUCE if custom else measured).value * 1e-6
+        bandwidth = bus.value * 1e9 * link.bandwidth.value / NVLINK3.bandwidth.value
+        return latency + self.sent_bytes(tp) / bandwidth
 
 
 _TOPO = "github.com/NVIDIA/nccl, src/graph/topo.h"
 _MAMF = "github.com/stas00/ml-engineering, compute/accelerator, maximum achievable matmul FLOPS"
+_MEASURED = "nccl-tests on 8 x A100, NCCL 2.17, under CUDA graphs"
 
 MEMORY_EFFICIENCY = Constant(
     0.78,
@@ -74,9 +113,8 @@ HOST = Constant(
     "assumption: as long as a GPU takes for a step of Llama-8B on an H100, where vLLM's authors call the host's work "
     "pronounced (blog.vllm.ai/2025/01/27/v1-alpha-release.html)",
 )
-_MEASURED = "nccl-tests on 8 x A100, NCCL 2.17, under CUDA graphs"
-# By collective: latency at 1 KiB, and bus bandwidth of large messages.
-NCCL: Mapping[str, tuple[Constant, Constant]] = {
+# Latency at 1 KiB, and bus bandwidth of large messages.
+NCCL: Mapping[CollectiveKind, tuple[Constant, Constant]] = {
     "all-gather": (Constant(12.5, "us", f"{_MEASURED}: 1 KiB"), Constant(254, "GB/s", f"{_MEASURED}: bus bandwidth")),
     "all-reduce": (Constant(17.0, "us", f"{_MEASURED}: 1 KiB"), Constant(231, "GB/s", f"{_MEASURED}: bus bandwidth")),
 }
@@ -87,18 +125,9 @@ CUSTOM_ALL_REDUCE_MAX = Constant(8, "MiB", "SGLang 0.5.23, custom_all_reduce.py:
 # Between machines nothing was measured.
 MACHINE_GPUS = 8
 
-
-def _nvlink(name: str, links: int, each: float, macro: str) -> Link:
-    return Link(
-        name,
-        Constant(links * each, "GB/s", f"{_TOPO}: {macro}_NVLINK_BW {each} x {links} links"),
-        custom_all_reduce=True,
-    )
-
-
-NVLINK3 = _nvlink("NVLink 3, NVSwitch", 12, 20.0, "SM80")
-NVLINK4 = _nvlink("NVLink 4, NVSwitch", 18, 20.6, "SM90")
-NVLINK5 = _nvlink("NVLink 5, NVSwitch", 18, 40.1, "SM100")
+NVLINK3 = Link("NVLink 3, NVSwitch", Constant(12 * 20.0, "GB/s", f"{_TOPO}: SM80_NVLINK_BW 20.0 x 12 links"))
+NVLINK4 = Link("NVLink 4, NVSwitch", Constant(18 * 20.6, "GB/s", f"{_TOPO}: SM90_NVLINK_BW 20.6 x 18 links"))
+NVLINK5 = Link("NVLink 5, NVSwitch", Constant(18 * 40.1, "GB/s", f"{_TOPO}: SM100_NVLINK_BW 40.1 x 18 links"))
 PCIE4 = Link(
     "PCIe 4.0 x16",
     Constant(24.0, "GB/s", "github.com/NVIDIA/nccl, src/graph/topo.cc: kvDictPciGen, 16 lanes of 16 GT/s"),
@@ -107,38 +136,29 @@ PCIE4 = Link(
 )
 
 
-def _gpu(
-    label: str, sheet: str, peak: float, matmul: tuple[float, str], bandwidth: float, memory: float, link: Link
-) -> GPU:
-    achieved, source = matmul
+def _gpu(label: str, sheet: str, peak: float, matmul: Constant, bandwidth: float, memory: float, link: Link) -> GPU:
+    sheet = f"NVIDIA {sheet} data sheet"
     return GPU(
         label,
         Constant(peak, "TFLOP/s", f"{sheet}: bfloat16, dense"),
-        Constant(achieved, "TFLOP/s", source),
+        matmul,
         Constant(bandwidth, "GB/s", f"{sheet}: memory bandwidth"),
         Constant(memory, "GB", f"{sheet}: memory"),
         link,
     )
 
 
-_A100_SHEET = "NVIDIA A100 data sheet"
-_A100_MATMUL = (271.2, f"{_MAMF}: A100 SXM")
-_H100_MATMUL = (794.5, f"{_MAMF}: H100 SXM, H200 the same")
+_A100_MATMUL = Constant(271.2, "TFLOP/s", f"{_MAMF}: A100 SXM")
+_H100_MATMUL = Constant(794.5, "TFLOP/s", f"{_MAMF}: H100 SXM, H200 the same")
+_B200_MATMUL = Constant(1745.0, "TFLOP/s", f"{_MAMF}: B200 SXM")
+_L40S_MATMUL = Constant(290.0, "TFLOP/s", "assumption: 80% of the peak, as H100 reaches")
 GPUS: Mapping[str, GPU] = {
-    "a100": _gpu("A100 SXM 80 GB", _A100_SHEET, 312, _A100_MATMUL, 2039, 80, NVLINK3),
-    "a100-40gb": _gpu("A100 SXM 40 GB", _A100_SHEET, 312, _A100_MATMUL, 1555, 40, NVLINK3),
-    "h100": _gpu("H100 SXM", "NVIDIA H100 data sheet", 989, _H100_MATMUL, 3350, 80, NVLINK4),
-    "h200": _gpu("H200 SXM", "NVIDIA H200 data sheet", 989, _H100_MATMUL, 4800, 141, NVLINK4),
-    "b200": _gpu("HGX B200", "NVIDIA HGX B200 data sheet", 2250, (1745.0, f"{_MAMF}: B200 SXM"), 8000, 180, NVLINK5),
-    "l40s": _gpu(
-        "L40S",
-        "NVIDIA L40S data sheet",
-        362,
-        (290.0, "assumption: 80% of the peak, as H100 reaches"),
-        864,
-        48,
-        PCIE4,
-    ),
+    "a100": _gpu("A100 SXM 80 GB", "A100", 312, _A100_MATMUL, 2039, 80, NVLINK3),
+    "a100-40gb": _gpu("A100 SXM 40 GB", "A100", 312, _A100_MATMUL, 1555, 40, NVLINK3),
+    "h100": _gpu("H100 SXM", "H100", 989, _H100_MATMUL, 3350, 80, NVLINK4),
+    "h200": _gpu("H200 SXM", "H200", 989, _H100_MATMUL, 4800, 141, NVLINK4),
+    "b200": _gpu("HGX B200", "HGX B200", 2250, _B200_MATMUL, 8000, 180, NVLINK5),
+    "l40s": _gpu("L40S", "L40S", 362, _L40S_MATMUL, 864, 48, PCIE4),
 }
 
 
@@ -152,11 +172,9 @@ def find_gpu(name: str) -> GPU:
 
 def sources(gpu: GPU) -> Iterator[tuple[str, Constant]]:
     """Every constant that an estimate for this GPU uses, with a name for it."""
-    for owner in (gpu, gpu.link):
-        for field in fields(owner):
-            value = getattr(owner, field.name)
-            if isinstance(value, Constant):
-                yield f"{'link ' if owner is gpu.link else ''}{field.name.replace('_', ' ')}", value
+    for name in ("peak", "matmul", "bandwidth", "memory"):
+        yield name, getattr(gpu, name)
+    yield "link bandwidth", gpu.link.bandwidth
     yield "memory efficiency", MEMORY_EFFICIENCY
     yield "kernel start", KERNEL_START
     yield "host", HOST

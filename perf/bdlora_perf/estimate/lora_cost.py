@@ -11,39 +11,21 @@ With s the part of a module that a rank owns (1 / tp; more where KV heads are co
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Enum
+from typing import Literal
 
-from bdlora_perf.estimate.base_cost import Work
-from bdlora_perf.estimate.collectives import Collective, Kind
-from bdlora_perf.estimate.hardware import HOST
+from bdlora_perf.estimate.hardware import HOST, Collective, CollectiveKind, Kernel
 from bdlora_perf.estimate.model_shape import BYTES_PER_WEIGHT, Linear, ModelShape
 from bdlora_sglang.convert.sides import TPSide
 from bdlora_sglang.errors import BDLoRAError
 
-
-class Sharding(Enum):
-    LOCAL = "local"
-    SHRINK_REDUCED = "shrink reduced"
-    FULLY_SHARDED = "fully sharded"
-
-
-@dataclass(frozen=True)
-class _Exchange:
-    """What the ranks exchange between shrink and expand of a fused layer, and kernels besides these two."""
-
-    kind: Kind
-    element_bytes: int
-    extra_kernels: int
-
-
-# SGLang's shrink output is bfloat16. vLLM's fully sharded layers exchange float32 (`_mcp_apply` in its
-# lora/layers/column_parallel_linear.py), and its all-gather along the last dimension ends in a copy.
-_EXCHANGES: Mapping[tuple[Sharding, TPSide], _Exchange] = {
-    (Sharding.SHRINK_REDUCED, TPSide.ROW): _Exchange(Kind.ALL_REDUCE, 2, 0),
-    (Sharding.FULLY_SHARDED, TPSide.COLUMN): _Exchange(Kind.ALL_GATHER, 4, 1),
-    (Sharding.FULLY_SHARDED, TPSide.ROW): _Exchange(Kind.ALL_REDUCE, 4, 0),
+Sharding = Literal["local", "shrink reduced", "fully sharded"]
+# What the ranks do between shrink and expand.
+_COLLECTIVES: Mapping[tuple[Sharding, TPSide], CollectiveKind] = {
+    ("shrink reduced", TPSide.ROW): "all-reduce",
+    ("fully sharded", TPSide.COLUMN): "all-gather",
+    ("fully sharded", TPSide.ROW): "all-reduce",
 }
 
 
@@ -53,15 +35,14 @@ class Assumptions:
 
     Attributes:
         name: in a table.
-        launches: kernels of one decoder layer as vLLM starts them, 4 zero fills, 7 shrinks and 7 expands, in place of a
-            shrink and an expand for each of the four fused layers.
+        extra_kernels: of one decoder layer, beside a shrink and an expand for each of the four fused layers.
         read_for_every_token: in a decode step each token reads its adapter anew, though others have the same.
         latency: seconds of each collective that LoRA adds, in place of the measured ones.
         host: seconds that the host takes for a step while the GPU runs the one before; no step is shorter.
     """
 
     name: str
-    launches: bool = False
+    extra_kernels: int = 0
     read_for_every_token: bool = False
     latency: float | None = None
     host: float = 0.0
@@ -69,14 +50,28 @@ class Assumptions:
 
 # At the speed of memory or of arithmetic.
 IDEAL = Assumptions("ideal kernels")
+# vLLM starts 4 zero fills, 7 shrinks and 7 expands a layer.
+_VLLM_EXTRA = 4 + 7 + 7 - 2 * 4
 ASSUMPTIONS = (
     IDEAL,
-    Assumptions("vLLM's starts", launches=True),
-    Assumptions("and re-read", launches=True, read_for_every_token=True),
-    Assumptions(f"and a host of {HOST.value:g} ms", True, True, host=HOST.value * 1e-3),
+    Assumptions("vLLM's starts", _VLLM_EXTRA),
+    Assumptions("and re-read", _VLLM_EXTRA, read_for_every_token=True),
+    Assumptions(f"and a host of {HOST.value:g} ms", _VLLM_EXTRA, read_for_every_token=True, host=HOST.value * 1e-3),
 )
-# Of vLLM, beside those that `_lora_layer` counts.
-VLLM_EXTRA_KERNELS = 4 + 7 + 7 - 2 * 4
+
+
+@dataclass(frozen=True)
+class LocalFactors:
+    """The factors of one adapter for one module on one rank.
+
+    ``a`` and ``b`` count elements, ``shrunk`` the rows of A, ``expanded`` the columns of B, ``outputs`` the rows of B.
+    """
+
+    a: float
+    b: float
+    shrunk: float
+    expanded: float
+    outputs: float
 
 
 @dataclass(frozen=True)
@@ -87,21 +82,32 @@ class Serving:
     label: str
     rank: int = 0
     nblocks: int = 1
-    sharding: Sharding = Sharding.LOCAL
-
-    def check_tp(self, tp: int) -> None:
-        """Raise `BDLoRAError` for blocks that neither divide the ranks nor are divided by them."""
-        if self.nblocks % tp and tp % self.nblocks:
-            raise BDLoRAError(f"--blocks: found {self.nblocks} on TP {tp}, expected one to divide the other")
+    sharding: Sharding = "local"
 
     def parameters(self, shape: ModelShape) -> int:
         """Parameters of one adapter."""
-        return shape.layers * sum(
-            self.rank * dense + self.rank // self.nblocks * blocked
-            for dense, blocked in (
-                (m.inputs, m.outputs) if m.side is TPSide.COLUMN else (m.outputs, m.inputs) for m in shape.linears()
-            )
-        )
+        return int(self._local_parameters(shape, 1))
+
+    def adapter_bytes(self, shape: ModelShape, tp: int) -> float:
+        """Bytes of one adapter on one GPU."""
+        return self._local_parameters(shape, tp) * BYTES_PER_WEIGHT
+
+    def _local_parameters(self, shape: ModelShape, tp: int) -> float:
+        factors = (self.local_factors(module, tp) for module in shape.linears(tp))
+        return shape.layers * sum(f.a + f.b for f in factors)
+
+    def local_factors(self, module: Linear, tp: int) -> LocalFactors:
+        """What one of ``tp`` ranks holds for ``module``, which is cut for as many."""
+        column = module.side is TPSide.COLUMN
+        if self.sharding == "fully sharded":
+            shrunk = math.ceil(self.rank / tp) if column else self.rank
+            outputs = module.local_outputs if column else module.outputs / tp
+            return LocalFactors(shrunk * module.local_inputs, outputs * self.rank, shrunk, self.rank, outputs)
+        # Block-diagonal is the factor on the side that the ranks cut; the other one holds whole blocks.
+        met = self.rank * max(module.shard, 1 / self.nblocks)
+        block = self.rank / self.nblocks
+        a, b = (met, block) if column else (block, met)
+        return LocalFactors(a * module.local_inputs, b * module.local_outputs, met, met, module.local_outputs)
 
 
 BASE = Serving("base", "base model")
@@ -121,75 +127,33 @@ def replicated(rank: int) -> Serving:
 
 def csgmv(rank: int) -> Serving:
     """Plain LoRA as SGLang's default backend serves it."""
-    return Serving("csgmv", "LoRA, csgmv", rank, sharding=Sharding.SHRINK_REDUCED)
+    return Serving("csgmv", "LoRA, csgmv", rank, sharding="shrink reduced")
 
 
 def s_lora(rank: int) -> Serving:
     """Plain LoRA in S-LoRA's sharding."""
-    return Serving("s-lora", "S-LoRA", rank, sharding=Sharding.FULLY_SHARDED)
+    return Serving("s-lora", "S-LoRA", rank, sharding="fully sharded")
 
 
-@dataclass(frozen=True)
-class LocalFactors:
-    """The factors of one adapter for one module on one rank.
+def lora_work(
+    shape: ModelShape, serving: Serving, tp: int, tokens: int, distinct: float
+) -> tuple[list[Kernel], list[Collective]]:
+    """LoRA of one decoder layer: shrink and expand of each fused layer in turn, and collectives between them.
 
-    ``a`` and ``b`` count elements, ``shrunk`` the rows of A, ``expanded`` the columns of B, ``outputs`` the rows of B.
+    Every token has an adapter, ``distinct`` of them are different.
     """
-
-    a: float
-    b: float
-    shrunk: float
-    expanded: float
-    outputs: float
-
-
-def local_factors(module: Linear, serving: Serving, tp: int) -> LocalFactors:
-    rank, column = serving.rank, module.side is TPSide.COLUMN
-    if serving.sharding is Sharding.FULLY_SHARDED:
-        chunk = math.ceil(rank / tp)
-        shrunk, outputs = (chunk, module.local_outputs) if column else (rank, module.outputs / tp)
-        return LocalFactors(shrunk * module.local_inputs, outputs * rank, shrunk, rank, outputs)
-    # Block-diagonal is the factor on the side that the ranks cut; the other one holds whole blocks.
-    met = rank * max(module.shard, 1 / serving.nblocks)
-    block = rank / serving.nblocks
-    a, b = (met, block) if column else (block, met)
-    return LocalFactors(a * module.local_inputs, b * module.local_outputs, met, met, module.local_outputs)
-
-
-def adapter_bytes(shape: ModelShape, serving: Serving, tp: int) -> float:
-    """Bytes of one adapter on one GPU."""
-    factors = (local_factors(module, serving, tp) for module in shape.linears(tp))
-    return shape.layers * sum(f.a + f.b for f in factors) * BYTES_PER_WEIGHT
-
-
-@dataclass(frozen=True)
-class LoRALayer:
-    """LoRA of one fused layer in one step: its kernels with work to do, others, and what the ranks exchange."""
-
-    kernels: tuple[Work, ...]
-    extra_kernels: int
-    exchange: Collective | None
-
-
-def lora_layers(shape: ModelShape, serving: Serving, tp: int, tokens: int, distinct: float) -> Iterator[LoRALayer]:
-    """LoRA of the fused layers of one decoder layer; every token has an adapter, ``distinct`` of them are different."""
-    if serving.rank:
-        for layer in shape.fused_layers(tp):
-            yield _lora_layer(layer, serving, tp, tokens, distinct)
-
-
-def _lora_layer(layer: Sequence[Linear], serving: Serving, tp: int, tokens: int, distinct: float) -> LoRALayer:
-    factors = [local_factors(module, serving, tp) for module in layer]
-    rule = _EXCHANGES.get((serving.sharding, layer[0].side))
-    between_bytes = rule.element_bytes if rule else BYTES_PER_WEIGHT
-    # The slices of a fused layer read the same input. Outputs are read and written: the delta is added to them.
-    shrink_io = layer[0].local_inputs * BYTES_PER_WEIGHT + sum(f.shrunk for f in factors) * between_bytes
-    expand_io = sum(f.expanded * between_bytes + 2 * f.outputs * BYTES_PER_WEIGHT for f in factors)
-    kernels = tuple(
-        Work(2 * tokens * elements, distinct * elements * BYTES_PER_WEIGHT + tokens * io)
-        for elements, io in ((sum(f.a for f in factors), shrink_io), (sum(f.b for f in factors), expand_io))
-    )
-    if rule is None or tp == 1:
-        return LoRALayer(kernels, 0, None)
-    exchange = Collective(rule.kind, tokens * len(layer) * serving.rank, rule.element_bytes)
-    return LoRALayer(kernels, rule.extra_kernels, exchange)
+    # SGLang's shrink output is bfloat16. vLLM's fully sharded layers exchange float32 (`_mcp_apply` in its
+    # lora/layers/column_parallel_linear.py).
+    shrunk_bytes = 4 if serving.sharding == "fully sharded" else BYTES_PER_WEIGHT
+    kernels, collectives = [], []
+    for layer in shape.fused_layers(tp) if serving.rank else ():
+        factors = [serving.local_factors(module, tp) for module in layer]
+        # The slices of a fused layer read the same input. Outputs are read and written: the delta is added to them.
+        shrink_io = layer[0].local_inputs * BYTES_PER_WEIGHT + sum(f.shrunk for f in factors) * shrunk_bytes
+        expand_io = sum(f.expanded * shrunk_bytes + 2 * f.outputs * BYTES_PER_WEIGHT for f in factors)
+        for elements, io in ((sum(f.a for f in factors), shrink_io), (sum(f.b for f in factors), expand_io)):
+            kernels.append(Kernel(2 * tokens * elements, distinct * elements * BYTES_PER_WEIGHT + tokens * io))
+        kind = _COLLECTIVES.get((serving.sharding, layer[0].side))
+        if kind is not None and tp > 1:
+            collectives.append(Collective(kind, tokens * len(layer) * serving.rank * shrunk_bytes))
+    return kernels, collectives

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from bdlora_sglang.convert.sides import TPSide
 from bdlora_sglang.errors import BDLoRAError
@@ -17,11 +17,11 @@ BYTES_PER_WEIGHT = 2  # bfloat16
 class Linear:
     """A linear module; ``shard`` is the part of its outputs (column) or inputs (row) that one rank holds."""
 
-    name: str
     side: TPSide
     inputs: int
     outputs: int
     shard: float
+    name: str = ""
 
     @property
     def local_inputs(self) -> float:
@@ -75,22 +75,15 @@ class ModelShape:
 
     def fused_layers(self, tp: int) -> tuple[tuple[Linear, ...], ...]:
         """The linear modules of one decoder layer, those of a fused layer together."""
-        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        q_size, kv_size = self.heads * self.head_dim, self.kv_heads * self.head_dim
         even, kv_shard = 1 / tp, self.local_kv_heads(tp) / self.kv_heads
         column, row = TPSide.COLUMN, TPSide.ROW
-        return (
-            (
-                Linear("q_proj", column, self.hidden, q, even),
-                Linear("k_proj", column, self.hidden, kv, kv_shard),
-                Linear("v_proj", column, self.hidden, kv, kv_shard),
-            ),
-            (Linear("o_proj", row, q, self.hidden, even),),
-            (
-                Linear("gate_proj", column, self.hidden, self.intermediate, even),
-                Linear("up_proj", column, self.hidden, self.intermediate, even),
-            ),
-            (Linear("down_proj", row, self.intermediate, self.hidden, even),),
-        )
+        q = Linear(column, self.hidden, q_size, even, "q_proj")
+        k, v = (Linear(column, self.hidden, kv_size, kv_shard, name) for name in ("k_proj", "v_proj"))
+        o = Linear(row, q_size, self.hidden, even, "o_proj")
+        gate, up = (Linear(column, self.hidden, self.intermediate, even, name) for name in ("gate_proj", "up_proj"))
+        down = Linear(row, self.intermediate, self.hidden, even, "down_proj")
+        return (q, k, v), (o,), (gate, up), (down,)
 
     def linears(self, tp: int = 1) -> Iterator[Linear]:
         """The seven linear modules of one decoder layer."""
@@ -107,28 +100,39 @@ class ModelShape:
         return self.layers * 2 * self.local_kv_heads(tp) * self.head_dim * BYTES_PER_WEIGHT
 
 
-def _shape(name: str, *sizes: int) -> ModelShape:
-    hidden, layers, heads, kv_heads, head_dim, intermediate, vocabulary = sizes
-    return ModelShape(name, hidden, layers, heads, kv_heads, head_dim, intermediate, vocabulary)
-
-
 # The models' own config.json.
-_LLAMA_8B = _shape("Llama-3.1-8B", 4096, 32, 32, 8, 128, 14336, 128256)
-_LLAMA_70B = _shape("Llama-3.1-70B", 8192, 80, 64, 8, 128, 28672, 128256)
+_LLAMA_8B = ModelShape("Llama-3.1-8B", 4096, 32, 32, 8, 128, 14336, 128256)
+_LLAMA_70B = ModelShape("Llama-3.1-70B", 8192, 80, 64, 8, 128, 28672, 128256)
 SHAPES: Mapping[str, ModelShape] = {
     "llama-3.1-8b": _LLAMA_8B,
     "llama-3.1-8b-instruct": _LLAMA_8B,
     "llama-3.1-70b": _LLAMA_70B,
     "llama-3.1-70b-instruct": _LLAMA_70B,
     "llama-3.3-70b-instruct": _LLAMA_70B,
-    "llama-3.1-405b": _shape("Llama-3.1-405B", 16384, 126, 128, 8, 128, 53248, 128256),
-    "mistral-7b": _shape("Mistral-7B", 4096, 32, 32, 8, 128, 14336, 32768),
-    "qwen2.5-7b": _shape("Qwen2.5-7B", 3584, 28, 28, 4, 128, 18944, 152064),
-    "qwen2.5-72b": _shape("Qwen2.5-72B", 8192, 80, 64, 8, 128, 29568, 152064),
-    "qwen3-8b": _shape("Qwen3-8B", 4096, 36, 32, 8, 128, 12288, 151936),
-    "qwen3-32b": _shape("Qwen3-32B", 5120, 64, 64, 8, 128, 25600, 151936),
+    "llama-3.1-405b": ModelShape("Llama-3.1-405B", 16384, 126, 128, 8, 128, 53248, 128256),
+    "mistral-7b": ModelShape("Mistral-7B", 4096, 32, 32, 8, 128, 14336, 32768),
+    "qwen2.5-7b": ModelShape("Qwen2.5-7B", 3584, 28, 28, 4, 128, 18944, 152064),
+    "qwen2.5-72b": ModelShape("Qwen2.5-72B", 8192, 80, 64, 8, 128, 29568, 152064),
+    "qwen3-8b": ModelShape("Qwen3-8B", 4096, 36, 32, 8, 128, 12288, 151936),
+    "qwen3-32b": ModelShape("Qwen3-32B", 5120, 64, 64, 8, 128, 25600, 151936),
 }
 _BY_REPO = {repo.lower(): SHAPES[name] for name, repo in MODEL_NAMES.items()}
+
+
+class _Config(BaseModel):
+    """The fields of Hugging Face's ``config.json`` that the estimate needs, by their names in `ModelShape`."""
+
+    hidden: int = Field(gt=0, alias="hidden_size")
+    layers: int = Field(gt=0, alias="num_hidden_layers")
+    heads: int = Field(gt=0, alias="num_attention_heads")
+    kv_heads: int | None = Field(default=None, gt=0, alias="num_key_value_heads")
+    head_dim: int | None = Field(default=None, gt=0)
+    intermediate: int = Field(gt=0, alias="intermediate_size")
+    vocabulary: int = Field(gt=0, alias="vocab_size")
+    tied: bool = Field(default=False, alias="tie_word_embeddings")
+    num_experts: None = None
+    num_local_experts: None = None
+    n_routed_experts: None = None
 
 
 def load_shape(model: str) -> ModelShape:
@@ -141,34 +145,12 @@ def load_shape(model: str) -> ModelShape:
     if known is not None:
         return known
     path = Path(model)
-    config = path / "config.json" if path.is_dir() else path
-    if not config.is_file():
+    path = path / "config.json" if path.is_dir() else path
+    if not path.is_file():
         raise BDLoRAError(
             f"--model {model}: found neither a model folder nor a config.json, expected one or a short name "
             f"({', '.join(SHAPES)})"
         )
-    return _from_config(config)
-
-
-class _Config(BaseModel):
-    """The fields of Hugging Face's ``config.json`` that the estimate needs."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    hidden_size: int = Field(gt=0)
-    num_hidden_layers: int = Field(gt=0)
-    num_attention_heads: int = Field(gt=0)
-    num_key_value_heads: int | None = Field(default=None, gt=0)
-    head_dim: int | None = Field(default=None, gt=0)
-    intermediate_size: int = Field(gt=0)
-    vocab_size: int = Field(gt=0)
-    tie_word_embeddings: bool = False
-    num_experts: None = None
-    num_local_experts: None = None
-    n_routed_experts: None = None
-
-
-def _from_config(path: Path) -> ModelShape:
     try:
         config = _Config.model_validate_json(path.read_bytes())
     except ValidationError as error:
@@ -178,14 +160,8 @@ def _from_config(path: Path) -> ModelShape:
             f"{path}: {where}: found {str(problem['input'])[:60]!r}, expected the config of a dense decoder "
             f"({problem['msg']})"
         ) from error
-    return ModelShape(
-        name=path.resolve().parent.name,
-        hidden=config.hidden_size,
-        layers=config.num_hidden_layers,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads or config.num_attention_heads,
-        head_dim=config.head_dim or config.hidden_size // config.num_attention_heads,
-        intermediate=config.intermediate_size,
-        vocabulary=config.vocab_size,
-        tied=config.tie_word_embeddings,
-    )
+    # A dense decoder's experts are None, too.
+    sizes = config.model_dump(exclude_none=True)
+    sizes.setdefault("kv_heads", config.heads)
+    sizes.setdefault("head_dim", config.hidden // config.heads)
+    return ModelShape(path.resolve().parent.name, **sizes)

@@ -4,7 +4,7 @@ arXiv 2510.23346: eight A100, TP 8, against S-LoRA; the parameter ratios are tho
 against LoRA of rank r.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -12,7 +12,7 @@ from itertools import product
 from scipy.optimize import brentq
 
 from bdlora_perf.estimate.hardware import GPUS, NCCL
-from bdlora_perf.estimate.lora_cost import ASSUMPTIONS, IDEAL, Assumptions, bd_lora, replicated, s_lora
+from bdlora_perf.estimate.lora_cost import ASSUMPTIONS, Assumptions, bd_lora, replicated, s_lora
 from bdlora_perf.estimate.model_shape import SHAPES
 from bdlora_perf.estimate.roofline import Deployment
 from bdlora_perf.estimate.traffic import Traffic
@@ -26,19 +26,15 @@ _MOST_LATENCY = 1e-3
 # No host takes as long for a step.
 _MOST_HOST = 1.0
 
-KNOWN = (
+CAVEATS = (
     "Known of the paper's settings: eight A100, TP 8, the model, S-LoRA by vLLM's fully sharded layers, batches of up "
     "to 64 requests, mostly with one adapter; LoRA of rank r on all seven linear modules against BD-LoRA of rank 2r or "
     "4r with 8 blocks, which the published parameter ratios are. Its authors later name 10 to 40% on 8B (vLLM, pull "
-    "request 28136)."
-)
-ASSUMED = (
+    "request 28136).",
     f"Assumed: the A100 has 80 GB; r in {', '.join(map(str, RANKS))}; prompts of "
-    f"{' or '.join(str(length) for length, _ in LENGTHS)} tokens and {LENGTHS[0][1]} tokens of output."
-)
-LACKING = (
+    f"{' or '.join(str(length) for length, _ in LENGTHS)} tokens and {LENGTHS[0][1]} tokens of output.",
     "Not in the model: waiting for the slowest rank, padding of small ranks to tiles. So no figure here confirms or "
-    "refutes a headline: it says what would have to hold."
+    "refutes a headline: it says what would have to hold.",
 )
 
 
@@ -76,52 +72,51 @@ class Comparison:
     most_host: float | None
 
     def describe(self) -> str:
+        """All of it in one sentence."""
         found = self.speed_ups.values()
         gather, reduce = (NCCL[kind][0].value for kind in ("all-gather", "all-reduce"))
         needed = "no latency of the collectives alone gives it"
         if self.needed_latency is not None:
             needed = f"it needs {self.needed_latency * 1e6:.0f} us for each of LoRA's collectives"
+        host = "" if self.most_host is None else f"; a host of {self.most_host * 1e3:.1f} ms a step gives it, too"
         return (
             f"{SHAPES[self.headline.model].name} at {self.headline.parameter_ratio:.2f}x the parameters: paper up to "
             f"{self.headline.speed_up:.2f}x, estimate up to {min(found):.2f}x to {max(found):.2f}x, by assumption; "
-            f"with kernels that cost nothing more {needed}, where {gather:g} to {reduce:g} are measured"
-            + ("" if self.most_host is None else f"; a host of {self.most_host * 1e3:.1f} ms a step gives it, too")
+            f"with kernels that cost nothing more {needed}, where {gather:g} to {reduce:g} are measured{host}."
         )
 
 
 @cache
 def compare_headlines() -> tuple[Comparison, ...]:
     """Every headline with the estimate's figures for it."""
-    return tuple(_compare(headline) for headline in HEADLINES)
+    return tuple(map(_compare, HEADLINES))
 
 
 def _compare(headline: Headline) -> Comparison:
-    shape = SHAPES[headline.model]
+    def over(assumptions: Assumptions) -> float:
+        return _largest(headline, assumptions) - headline.speed_up
 
-    def largest(known: Assumptions) -> float:
-        return _largest(headline, known)
+    shape, multiple = SHAPES[headline.model], headline.multiple
+    return Comparison(
+        headline,
+        bd_lora(multiple * NBLOCKS, NBLOCKS).parameters(shape) / replicated(NBLOCKS).parameters(shape),
+        {known.name: _largest(headline, known) for known in ASSUMPTIONS},
+        needed_latency=_root(lambda latency: over(Assumptions("", latency=latency)), _MOST_LATENCY),
+        most_host=_root(lambda host: -over(Assumptions("", host=host)), _MOST_HOST),
+    )
 
-    needed = _root(lambda latency: largest(Assumptions("", latency=latency)) - headline.speed_up, _MOST_LATENCY)
-    host = _root(lambda host: headline.speed_up - largest(Assumptions("", host=host)), _MOST_HOST)
-    ratio = bd_lora(headline.multiple * NBLOCKS, NBLOCKS).parameters(shape) / replicated(NBLOCKS).parameters(shape)
-    return Comparison(headline, ratio, {known.name: largest(known) for known in ASSUMPTIONS}, needed, host)
+
+def _largest(headline: Headline, assumptions: Assumptions) -> float:
+    """The estimate's speed-up where it is largest."""
+    deployment = Deployment(SHAPES[headline.model], GPUS["a100"], TP, assumptions)
+    return max(
+        deployment.speed_up(
+            bd_lora(headline.multiple * rank, NBLOCKS), s_lora(rank), Traffic(concurrency, *lengths, adapters=1)
+        )
+        for rank, concurrency, lengths in product(RANKS, CONCURRENCIES, LENGTHS)
+    )
 
 
 def _root(rising: Callable[[float], float], most: float) -> float | None:
     """Where ``rising`` is zero between 0 and ``most``; None where it is not."""
     return float(brentq(rising, 0, most, xtol=1e-7)) if rising(0) < 0 < rising(most) else None
-
-
-def _largest(headline: Headline, known: Assumptions = IDEAL) -> float:
-    return max(_speed_ups(headline, known))
-
-
-def _speed_ups(headline: Headline, known: Assumptions) -> Iterator[float]:
-    deployment = Deployment(SHAPES[headline.model], GPUS["a100"], TP, known)
-    for rank, concurrency, (input_len, output_len) in product(RANKS, CONCURRENCIES, LENGTHS):
-        traffic = Traffic(concurrency, input_len, output_len, adapters=1)
-        ours, theirs = (
-            deployment.requests(serving, traffic).output_throughput
-            for serving in (bd_lora(headline.multiple * rank, NBLOCKS), s_lora(rank))
-        )
-        yield ours / theirs

@@ -1,10 +1,10 @@
 """Which rank and block count: BD-LoRA candidates against LoRA of one rank, at the user's traffic."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from enum import Enum
+from typing import Literal
 
-from bdlora_perf.estimate.lora_cost import ASSUMPTIONS, Serving, adapter_bytes, bd_lora, replicated, s_lora
+from bdlora_perf.estimate.lora_cost import ASSUMPTIONS, Serving, bd_lora, replicated, s_lora
 from bdlora_perf.estimate.roofline import Deployment
 from bdlora_perf.estimate.traffic import Traffic
 from bdlora_sglang.errors import BDLoRAError
@@ -14,10 +14,11 @@ MULTIPLES = (2, 4)
 # "For a similar number of parameters": the paper's pairs are at 0.86 and 0.87.
 SAME_PARAMETERS = (0.8, 1.05)
 
-
-class Purpose(Enum):
-    SPEED = "speed"
-    QUALITY = "quality"
+Purpose = Literal["speed", "quality"]
+REASONS: Mapping[Purpose, str] = {
+    "speed": "at which the paper finds similar quality",
+    "quality": "and still faster than LoRA, replicated or sharded",
+}
 
 
 @dataclass(frozen=True)
@@ -37,19 +38,13 @@ class Candidate:
     fits: bool
     purpose: Purpose | None = None
 
-    @property
-    def reason(self) -> str:
-        """Why it is suggested."""
-        if self.purpose is Purpose.SPEED:
-            return f"{self.parameter_ratio:.2f}x LoRA's parameters, at which the paper finds similar quality"
-        if self.purpose is Purpose.QUALITY:
-            return f"{self.parameter_ratio:.2f}x LoRA's parameters, and still faster than LoRA, replicated or sharded"
-        return ""
-
-
-def default_blocks(tp: int) -> tuple[int, ...]:
-    """Half as many blocks as ranks, as many, and twice as many."""
-    return tuple(sorted({max(1, tp // 2), tp, 2 * tp}))
+    def suggestion(self) -> str:
+        """In one sentence, what it is suggested for and why."""
+        assert self.purpose is not None, self
+        return (
+            f"Suggested for {self.purpose} in place of LoRA r = {self.lora_rank}: {self.serving.label}, rank "
+            f"{self.serving.rank} ({self.parameter_ratio:.2f}x LoRA's parameters, {REASONS[self.purpose]})."
+        )
 
 
 def candidates(deployment: Deployment, traffic: Traffic, rank: int, blocks: Sequence[int]) -> tuple[Candidate, ...]:
@@ -61,44 +56,38 @@ def candidates(deployment: Deployment, traffic: Traffic, rank: int, blocks: Sequ
     """
     if min(blocks) < 1:
         raise BDLoRAError(f"--blocks: found {min(blocks)}, expected at least 1")
-    found = tuple(_candidates(deployment, traffic, rank, blocks))
-    if not found:
+    ranks = [multiple * rank for multiple in MULTIPLES]
+    pairs = [(own, nblocks) for own in ranks for nblocks in blocks if own % nblocks == 0]
+    if not pairs:
         raise BDLoRAError(
             f"--blocks: found {', '.join(map(str, blocks))} at LoRA rank {rank}, expected a divisor of "
-            f"{' or '.join(str(multiple * rank) for multiple in MULTIPLES)}"
+            f"{' or '.join(map(str, ranks))}"
         )
-    return _with_purposes(found)
+    return _with_purposes([_candidate(deployment, traffic, rank, *pair) for pair in pairs])
 
 
-def _candidates(deployment: Deployment, traffic: Traffic, rank: int, blocks: Sequence[int]) -> Iterator[Candidate]:
-    shape, tp = deployment.shape, deployment.tp
-    for multiple in MULTIPLES:
-        for nblocks in blocks:
-            if multiple * rank % nblocks:
-                continue
-            label = f"BD-LoRA {multiple}r, {nblocks} block{'s' if nblocks > 1 else ''}"
-            serving = bd_lora(multiple * rank, nblocks, f"bd-{multiple}r-{nblocks}b", label)
-            yield Candidate(
-                serving,
-                rank,
-                serving.parameters(shape) / replicated(rank).parameters(shape),
-                _over(deployment, traffic, serving, s_lora(rank)),
-                _over(deployment, traffic, serving, replicated(rank)),
-                adapter_bytes(shape, serving, tp),
-                deployment.fits(serving, traffic),
-            )
+def _candidate(deployment: Deployment, traffic: Traffic, lora_rank: int, rank: int, nblocks: int) -> Candidate:
+    multiple = f"{rank // lora_rank}r"
+    label = f"BD-LoRA {multiple}, {nblocks} block{'s' if nblocks > 1 else ''}"
+    serving = bd_lora(rank, nblocks, f"bd-{multiple}-{nblocks}b", label)
+
+    def over(other: Serving) -> tuple[float, float]:
+        known = [replace(deployment, assumptions=assumptions) for assumptions in ASSUMPTIONS]
+        ratios = [each.speed_up(serving, other, traffic) for each in known]
+        return min(ratios), max(ratios)
+
+    return Candidate(
+        serving,
+        lora_rank,
+        serving.parameters(deployment.shape) / replicated(lora_rank).parameters(deployment.shape),
+        over(s_lora(lora_rank)),
+        over(replicated(lora_rank)),
+        serving.adapter_bytes(deployment.shape, deployment.tp),
+        deployment.fits(serving, traffic),
+    )
 
 
-def _over(deployment: Deployment, traffic: Traffic, serving: Serving, other: Serving) -> tuple[float, float]:
-    """How many times the other's output throughput, at least and at most."""
-    ratios = [
-        known.requests(serving, traffic).output_throughput / known.requests(other, traffic).output_throughput
-        for known in (replace(deployment, assumptions=assumptions) for assumptions in ASSUMPTIONS)
-    ]
-    return min(ratios), max(ratios)
-
-
-def _with_purposes(found: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
+def _with_purposes(found: Sequence[Candidate]) -> tuple[Candidate, ...]:
     low, high = SAME_PARAMETERS
     same = [c for c in found if c.fits and low <= c.parameter_ratio <= high]
     # By the largest speed-ups: where a slow host hides all differences, none is left in the smallest. A tenth of a
@@ -107,5 +96,5 @@ def _with_purposes(found: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
     gaining = [c for c in found if c.fits and all(low >= 1 < high for low, high in (c.over_s_lora, c.over_replicated))]
     largest = max(gaining, key=lambda c: (c.parameter_ratio, c.over_s_lora[1]), default=None)
     # The smaller purpose goes last: where one candidate serves both, it is suggested for speed.
-    purposes = {largest: Purpose.QUALITY, fastest: Purpose.SPEED}
+    purposes: dict[Candidate | None, Purpose] = {largest: "quality", fastest: "speed"}
     return tuple(replace(c, purpose=purposes.get(c)) for c in found)

@@ -1,19 +1,17 @@
 """An estimate as a report: every system, phase and rank, with the paper's headlines and all sources in the notes."""
 
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from datetime import datetime, timezone
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 
 from bdlora_perf.estimate.hardware import GPU, find_gpu, sources
-from bdlora_perf.estimate.lora_cost import BASE, Serving, adapter_bytes, csgmv, replicated, s_lora
+from bdlora_perf.estimate.lora_cost import BASE, Serving, csgmv, replicated, s_lora
 from bdlora_perf.estimate.model_shape import load_shape
-from bdlora_perf.estimate.paper import ASSUMED, KNOWN, LACKING, Comparison, compare_headlines
-from bdlora_perf.estimate.recommend import Candidate, candidates, default_blocks
+from bdlora_perf.estimate.paper import CAVEATS, compare_headlines
+from bdlora_perf.estimate.recommend import Candidate, candidates
 from bdlora_perf.estimate.roofline import Deployment, Requests, Step
 from bdlora_perf.estimate.traffic import Traffic
-from bdlora_perf.report.machine import describe_machine
-from bdlora_perf.report.schema import Metric, Report, Sample, System, Value
+from bdlora_perf.report.run import Run
+from bdlora_perf.report.schema import Metric, Point, Report, Sample, System, Value
 from bdlora_sglang.errors import BDLoRAError
 
 BASELINES = ("s-lora", "replicated")
@@ -23,23 +21,20 @@ ASSUMPTIONS_NOTE = (
     "that prepares a step no faster than so, while the GPU runs the one before. The figures of steps are those of the "
     "first."
 )
-_PARTS = {
-    "weights": "base weights",
-    "attention": "attention",
-    "collectives": "base collectives",
-    "launches": "base kernel starts",
-    "lora": "LoRA kernels",
-    "lora_collectives": "LoRA collectives",
-    "lora_launches": "LoRA kernel starts",
-    "waiting": "waiting for the host",
-}
 METRICS = {
     "latency_ms": Metric(label="time of one step", unit="ms", better="lower"),
     "ttft_ms": Metric(label="time to first token, all prompts at once", unit="ms", better="lower"),
     "tpot_ms": Metric(label="time per output token", unit="ms", better="lower"),
     "e2e_latency_ms": Metric(label="end-to-end latency", unit="ms", better="lower"),
     "output_throughput": Metric(label="output throughput", unit="token/s", better="higher"),
-    **{f"breakdown_{name}_ms": Metric(label=label, unit="ms", better="lower") for name, label in _PARTS.items()},
+    "breakdown_weights_ms": Metric(label="base weights", unit="ms", better="lower"),
+    "breakdown_attention_ms": Metric(label="attention", unit="ms", better="lower"),
+    "breakdown_collectives_ms": Metric(label="base collectives", unit="ms", better="lower"),
+    "breakdown_launches_ms": Metric(label="base kernel starts", unit="ms", better="lower"),
+    "breakdown_lora_ms": Metric(label="LoRA kernels", unit="ms", better="lower"),
+    "breakdown_lora_collectives_ms": Metric(label="LoRA collectives", unit="ms", better="lower"),
+    "breakdown_lora_launches_ms": Metric(label="LoRA kernel starts", unit="ms", better="lower"),
+    "breakdown_waiting_ms": Metric(label="waiting for the host", unit="ms", better="lower"),
     "memory_weights": Metric(label="base weights", unit="GiB per GPU"),
     "memory_adapters": Metric(label="all adapters", unit="GiB per GPU", better="lower"),
     "memory_kv_cache": Metric(label="KV cache", unit="GiB per GPU"),
@@ -47,22 +42,16 @@ METRICS = {
 
 
 @dataclass(frozen=True)
-class RankEstimate:
-    """All ways of serving LoRA of one rank, and BD-LoRA in its place."""
-
-    rank: int
-    systems: tuple[tuple[Serving, Requests], ...]
-    candidates: tuple[Candidate, ...]
-
-
-@dataclass(frozen=True)
 class Estimate:
-    """Everything that is printed and reported."""
+    """Everything that is printed and reported, beside the paper's headlines.
+
+    ``systems`` that fit, by the rank of LoRA that they serve or replace; all ``candidates`` of every such rank.
+    """
 
     deployment: Deployment
     traffic: Traffic
-    ranks: tuple[RankEstimate, ...]
-    headlines: tuple[Comparison, ...]
+    systems: Mapping[int, Sequence[tuple[Serving, Requests]]]
+    candidates: Mapping[int, Sequence[Candidate]]
 
 
 def make_estimate(
@@ -83,39 +72,28 @@ def make_estimate(
         )
     if not ranks or min(ranks) < 1:
         raise BDLoRAError(f"--rank: found {', '.join(map(str, ranks)) or 'none'}, expected at least 1")
-    estimates = []
+    # By default half as many blocks as ranks, as many, and twice as many.
+    counts = sorted(set(blocks) or {max(1, tp // 2), tp, 2 * tp})
+    systems, found = {}, {}
     for rank in sorted(set(ranks)):
-        found = candidates(deployment, traffic, rank, sorted(set(blocks)) or default_blocks(tp))
-        systems = (BASE, *(c.serving for c in found), replicated(rank), csgmv(rank), s_lora(rank))
+        found[rank] = candidates(deployment, traffic, rank, counts)
+        served = (BASE, *(c.serving for c in found[rank]), replicated(rank), csgmv(rank), s_lora(rank))
         # What does not fit has no throughput.
-        fitting = [serving for serving in systems if deployment.fits(serving, traffic)]
-        timed = tuple((serving, deployment.requests(serving, traffic)) for serving in fitting)
-        estimates.append(RankEstimate(rank, timed, found))
-    return Estimate(deployment, traffic, tuple(estimates), compare_headlines())
+        systems[rank] = [
+            (each, deployment.requests(each, traffic)) for each in served if deployment.fits(each, traffic)
+        ]
+    return Estimate(deployment, traffic, systems, found)
 
 
-def estimate(
-    model: str, gpu: str, tp: int, traffic: Traffic, ranks: Sequence[int], blocks: Sequence[int] = (), command: str = ""
-) -> Report:
-    """The report of `make_estimate`, which see; ``command`` is what the user typed."""
-    started = time.perf_counter()
-    made = make_estimate(model, gpu, tp, traffic, ranks, blocks)
-    return make_report(made, command, time.perf_counter() - started)
-
-
-def make_report(made: Estimate, command: str, seconds: float) -> Report:
-    """The report of an estimate that took ``seconds``."""
+def make_report(made: Estimate, run: Run) -> Report:
+    """The report of an estimate that ``run`` says the command of."""
     deployment, traffic = made.deployment, made.traffic
-    title = f"Estimate: {deployment.shape.name} on {deployment.tp} x {deployment.gpu.label}"
+    systems = _systems(made)
     return Report(
+        **run.head(),
         kind="estimate",
-        title=title,
+        title=f"Estimate: {deployment.shape.name} on {deployment.tp} x {deployment.gpu.label}",
         estimate=True,
-        command=command,
-        started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        seconds=seconds,
-        seed=0,
-        machine=describe_machine(),
         settings={
             "model": deployment.shape.name,
             "gpu": deployment.gpu.label,
@@ -126,32 +104,12 @@ def make_report(made: Estimate, command: str, seconds: float) -> Report:
             "adapters": traffic.adapters,
             "distribution": traffic.distribution.value,
         },
-        systems=_systems(made),
+        systems=systems,
         metrics=METRICS,
-        baselines=tuple(name for name in BASELINES if any(name == s.name for e in made.ranks for s, _ in e.systems)),
+        baselines=tuple(name for name in BASELINES if name in systems),
         samples=tuple(_samples(made)),
-        notes=tuple(notes(made)),
+        notes=tuple(_notes(made)),
     )
-
-
-def notes(made: Estimate) -> list[str]:
-    """What is suggested, how far the paper is off, and where every constant is from."""
-    lines = [
-        suggestion(candidate)
-        for estimated in made.ranks
-        for candidate in estimated.candidates
-        if candidate.purpose is not None
-    ]
-    lines += [
-        f"{c.serving.label} does not fit with {made.traffic.adapters} adapters of rank {c.serving.rank}: no throughput."
-        for estimated in made.ranks
-        for c in estimated.candidates
-        if not c.fits
-    ]
-    lines += [f"{comparison.describe()}." for comparison in made.headlines]
-    lines.append(ASSUMPTIONS_NOTE)
-    lines += [KNOWN, ASSUMED, LACKING]
-    return lines + source_lines(made.deployment.gpu)
 
 
 def source_lines(gpu: GPU) -> list[str]:
@@ -159,50 +117,54 @@ def source_lines(gpu: GPU) -> list[str]:
     return [f"{name}: {constant.value:g} {constant.unit} ({constant.source})" for name, constant in sources(gpu)]
 
 
-def suggestion(candidate: Candidate) -> str:
-    """A suggested candidate in one sentence."""
-    assert candidate.purpose is not None, candidate
-    return (
-        f"Suggested for {candidate.purpose.value} in place of LoRA r = {candidate.lora_rank}: "
-        f"{candidate.serving.label}, rank {candidate.serving.rank} ({candidate.reason})."
-    )
+def _notes(made: Estimate) -> list[str]:
+    """What is suggested, how far the paper is off, and where every constant is from."""
+    found = [candidate for candidates in made.candidates.values() for candidate in candidates]
+    return [
+        *(candidate.suggestion() for candidate in found if candidate.purpose),
+        *(
+            f"{c.serving.label} does not fit with {made.traffic.adapters} adapters of rank {c.serving.rank}: no "
+            "throughput."
+            for c in found
+            if not c.fits
+        ),
+        *(comparison.describe() for comparison in compare_headlines()),
+        ASSUMPTIONS_NOTE,
+        *CAVEATS,
+        *source_lines(made.deployment.gpu),
+    ]
 
 
 def _systems(made: Estimate) -> dict[str, System]:
     shape, tp = made.deployment.shape, made.deployment.tp
-    labels: dict[str, str] = {}
-    details: dict[str, dict[str, Value]] = {}
-    for estimated in made.ranks:
-        for serving, _ in estimated.systems:
-            labels[serving.name] = serving.label
-            found = details.setdefault(serving.name, {})
+    details: dict[tuple[str, str], dict[str, Value]] = {}
+    for rank, systems in made.systems.items():
+        for serving, _ in systems:
+            found = details.setdefault((serving.name, serving.label), {})
             if serving.rank:
-                found[f"parameters at r = {estimated.rank}"] = serving.parameters(shape)
-                mib = adapter_bytes(shape, serving, tp) / 2**20
-                found[f"MiB per adapter and GPU at r = {estimated.rank}"] = round(mib, 1)
-    return {name: System(label=label, details=details[name]) for name, label in labels.items()}
+                found[f"parameters at r = {rank}"] = serving.parameters(shape)
+                mib = serving.adapter_bytes(shape, tp) / 2**20
+                found[f"MiB per adapter and GPU at r = {rank}"] = round(mib, 1)
+    return {name: System(label=label, details=found) for (name, label), found in details.items()}
 
 
-def _samples(made: Estimate) -> list[Sample]:
-    samples = []
-    for estimated in made.ranks:
-        dimensions: dict[str, Value] = {"concurrency": made.traffic.concurrency, "rank": estimated.rank}
-        for serving, requests in estimated.systems:
+def _samples(made: Estimate) -> Iterator[Sample]:
+    for rank, systems in made.systems.items():
+        for serving, requests in systems:
             memory = made.deployment.memory_bytes(serving, made.traffic)
             whole = {
                 "ttft_ms": requests.ttft * 1e3,
-                "tpot_ms": requests.tpot * 1e3,
+                "tpot_ms": requests.decode.seconds * 1e3,
                 "e2e_latency_ms": requests.e2e_latency * 1e3,
                 "output_throughput": requests.output_throughput,
                 **{f"memory_{name}": size / 2**30 for name, size in memory.items()},
             }
             phases = {"prefill": _step(requests.prefill), "decode": _step(requests.decode), "request": whole}
             for phase, metrics in phases.items():
-                point = {"phase": phase, **dimensions}
-                samples.append(Sample(system=serving.name, point=point, round=0, metrics=metrics))
-    return samples
+                point: Point = {"phase": phase, "concurrency": made.traffic.concurrency, "rank": rank}
+                yield Sample(system=serving.name, point=point, round=0, metrics=metrics)
 
 
 def _step(step: Step) -> dict[str, float]:
-    parts = {f"breakdown_{field.name}_ms": getattr(step, field.name) * 1e3 for field in fields(step)}
+    parts = {f"breakdown_{name}_ms": seconds * 1e3 for name, seconds in asdict(step).items()}
     return {"latency_ms": step.seconds * 1e3, **parts}

@@ -6,24 +6,37 @@ kernel takes the longer of its memory traffic and its arithmetic, and `KERNEL_ST
 
 from dataclasses import astuple, dataclass, replace
 
-from bdlora_perf.estimate.base_cost import (
-    KERNELS_PER_LAYER,
-    KERNELS_PER_STEP,
-    Batch,
-    Work,
-    attention_work,
-    base_collectives,
-    decode_batch,
-    dense_work,
-    head_work,
-    prefill_batch,
-)
-from bdlora_perf.estimate.collectives import collective_seconds
-from bdlora_perf.estimate.hardware import GPU, KERNEL_START, MACHINE_GPUS
-from bdlora_perf.estimate.lora_cost import IDEAL, VLLM_EXTRA_KERNELS, Assumptions, Serving, adapter_bytes, lora_layers
-from bdlora_perf.estimate.model_shape import ModelShape
-from bdlora_perf.estimate.traffic import Traffic
+from bdlora_perf.estimate.hardware import GPU, KERNEL_START, MACHINE_GPUS, Collective, Kernel
+from bdlora_perf.estimate.lora_cost import IDEAL, Assumptions, Serving, lora_work
+from bdlora_perf.estimate.model_shape import BYTES_PER_WEIGHT, ModelShape
+from bdlora_perf.estimate.traffic import Batch, Traffic
 from bdlora_sglang.errors import BDLoRAError
+
+# Of one decoder layer without LoRA: two norms, qkv, rotary embedding with the write to the KV cache, attention, output,
+# gate and up, activation, down; the two all-reduces count as collectives.
+KERNELS_PER_LAYER = 9
+# Embedding, last norm, output head.
+KERNELS_PER_STEP = 3
+
+
+def base_kernels(shape: ModelShape, tp: int, batch: Batch) -> tuple[list[Kernel], Kernel, Kernel]:
+    """Of one decoder layer matrix products with element-wise kernels, and attention; then the output head."""
+    dense = []
+    for layer in shape.fused_layers(tp):
+        weights = sum(m.local_inputs * m.local_outputs for m in layer)
+        features = layer[0].local_inputs + sum(m.local_outputs for m in layer)
+        dense.append(Kernel(2 * batch.tokens * weights, (weights + batch.tokens * features) * BYTES_PER_WEIGHT))
+    # Both norms read and write hidden state and residual; the activation reads two and writes one.
+    features = 8 * shape.hidden + 3 * shape.intermediate / tp
+    dense.append(Kernel(0.0, batch.tokens * features * BYTES_PER_WEIGHT))
+    # Queries in, outputs out, new keys and values in, the KV cache read once.
+    query = shape.heads * shape.head_dim / tp
+    cache = 2 * shape.local_kv_heads(tp) * shape.head_dim
+    moved = batch.cached * cache + batch.tokens * (2 * query + cache)
+    attention = Kernel(4 * batch.attended * query, moved * BYTES_PER_WEIGHT)
+    # For the last token of each sequence.
+    weights = shape.vocabulary * shape.hidden / tp
+    return dense, attention, Kernel(2 * batch.sequences * weights, weights * BYTES_PER_WEIGHT)
 
 
 @dataclass(frozen=True)
@@ -51,13 +64,13 @@ class Step:
 class Requests:
     """``concurrency`` requests that start together: one prefill after the other, then decode steps with all of them.
 
-    ``prefill`` is one step of it. Latencies in seconds, throughput in output tokens a second.
+    ``prefill`` is one step of it; ``decode`` takes the time per output token. Latencies in seconds, throughput in
+    output tokens a second.
     """
 
     prefill: Step
     decode: Step
     ttft: float
-    tpot: float
     e2e_latency: float
     output_throughput: float
 
@@ -81,7 +94,7 @@ class Deployment:
         positions = traffic.concurrency * (traffic.input_len + traffic.output_len)
         return {
             "weights": self.shape.weight_bytes(self.tp),
-            "adapters": traffic.adapters * adapter_bytes(self.shape, serving, self.tp),
+            "adapters": traffic.adapters * serving.adapter_bytes(self.shape, self.tp),
             "kv_cache": positions * self.shape.kv_bytes_per_token(self.tp),
         }
 
@@ -89,50 +102,49 @@ class Deployment:
         return sum(self.memory_bytes(serving, traffic).values()) <= self.gpu.memory_bytes
 
     def requests(self, serving: Serving, traffic: Traffic) -> Requests:
-        """Prefill and decode of ``traffic``; raises `BDLoRAError` for blocks that do not match the ranks."""
-        serving.check_tp(self.tp)
-        prompts = min(traffic.concurrency, max(1, self._prefill_chunk // traffic.input_len))
-        prefill = self.step(serving, prefill_batch(traffic, prompts), traffic.distinct(prompts))
-        decode = self.step(serving, decode_batch(traffic), traffic.distinct(traffic.concurrency))
+        """Prefill and decode of ``traffic``.
+
+        Raises:
+            BDLoRAError: blocks neither divide the ranks nor are divided by them.
+        """
+        if serving.nblocks % self.tp and self.tp % serving.nblocks:
+            raise BDLoRAError(f"--blocks: found {serving.nblocks} on TP {self.tp}, expected one to divide the other")
+        # SGLang 0.5.23's chunked prefill size by GPU memory (arg_groups/memory_hook.py).
+        gib = self.gpu.memory_bytes / 2**30
+        chunk = 4096 if gib < 60 else 8192 if gib < 160 else 16384
+        prompts = min(traffic.concurrency, max(1, chunk // traffic.input_len))
+        prefill = self.step(serving, traffic.prefill(prompts))
+        decode = self.step(serving, traffic.decode())
         ttft = prefill.seconds * traffic.concurrency / prompts
         latency = ttft + decode.seconds * (traffic.output_len - 1)
-        throughput = traffic.concurrency * traffic.output_len / latency
-        return Requests(prefill, decode, ttft, decode.seconds, latency, throughput)
+        return Requests(prefill, decode, ttft, latency, traffic.concurrency * traffic.output_len / latency)
 
-    @property
-    def _prefill_chunk(self) -> int:
-        """SGLang 0.5.23's chunked prefill size by GPU memory (arg_groups/memory_hook.py)."""
-        gib = self.gpu.memory_bytes / 2**30
-        return 4096 if gib < 60 else 8192 if gib < 160 else 16384
+    def speed_up(self, serving: Serving, other: Serving, traffic: Traffic) -> float:
+        """How many times the output throughput of ``other``."""
+        ours, theirs = (self.requests(each, traffic).output_throughput for each in (serving, other))
+        return ours / theirs
 
-    def step(self, serving: Serving, batch: Batch, distinct: float) -> Step:
-        """One forward pass; ``distinct`` adapters are in the batch."""
-        shape, tp = self.shape, self.tp
-        known = self.assumptions
+    def step(self, serving: Serving, batch: Batch) -> Step:
+        """One forward pass."""
+        shape, tp, gpu, known = self.shape, self.tp, self.gpu, self.assumptions
         decodes = batch.tokens == batch.sequences
-        read = batch.tokens if decodes and known.read_for_every_token else distinct
-        lora = list(lora_layers(shape, serving, tp, batch.tokens, read))
-        exchanges = [layer.exchange for layer in lora if layer.exchange is not None]
-        lora_kernels = sum(len(layer.kernels) + layer.extra_kernels for layer in lora)
-        lora_kernels += VLLM_EXTRA_KERNELS if lora and known.launches else 0
+        read = batch.tokens if decodes and known.read_for_every_token else batch.distinct
+        kernels, added = lora_work(shape, serving, tp, batch.tokens, read)
+        # vLLM's all-gather along the last dimension ends in a copy.
+        starts = len(kernels) + sum(collective.kind == "all-gather" for collective in added)
+        starts += known.extra_kernels if kernels else 0
+        dense, attention, head = base_kernels(shape, tp, batch)
+        # After the embedding and after each row-parallel layer.
+        all_reduce = Collective("all-reduce", batch.tokens * shape.hidden * BYTES_PER_WEIGHT).seconds(gpu.link, tp)
+        logits = Collective("all-gather", batch.sequences * shape.vocabulary * BYTES_PER_WEIGHT).seconds(gpu.link, tp)
         start = KERNEL_START.value * 1e-6
         step = Step(
-            weights=shape.layers * self._seconds(*dense_work(shape, tp, batch))
-            + self._seconds(head_work(shape, tp, batch)),
-            attention=shape.layers * self._seconds(attention_work(shape, tp, batch)),
-            collectives=sum(
-                n * collective_seconds(c, self.gpu.link, tp) for c, n in base_collectives(shape, batch).items()
-            ),
+            weights=shape.layers * sum(map(gpu.seconds, dense)) + gpu.seconds(head),
+            attention=shape.layers * gpu.seconds(attention),
+            collectives=(2 * shape.layers + 1) * all_reduce + logits,
             launches=(shape.layers * KERNELS_PER_LAYER + KERNELS_PER_STEP) * start,
-            lora=shape.layers * self._seconds(*(kernel for layer in lora for kernel in layer.kernels)),
-            lora_collectives=shape.layers
-            * sum(collective_seconds(c, self.gpu.link, tp, known.latency) for c in exchanges),
-            lora_launches=shape.layers * lora_kernels * start,
+            lora=shape.layers * sum(map(gpu.seconds, kernels)),
+            lora_collectives=shape.layers * sum(each.seconds(gpu.link, tp, known.latency) for each in added),
+            lora_launches=shape.layers * starts * start,
         )
         return replace(step, waiting=max(0.0, known.host - step.seconds))
-
-    def _seconds(self, *kernels: Work) -> float:
-        return sum(
-            max(kernel.num_bytes / self.gpu.bytes_per_second, kernel.flops / self.gpu.flops_per_second)
-            for kernel in kernels
-        )

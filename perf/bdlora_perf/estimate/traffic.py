@@ -1,5 +1,6 @@
-"""The user's traffic, and how many different adapters meet in one batch."""
+"""The user's traffic, and the batches that it makes."""
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 
@@ -12,6 +13,20 @@ class Distribution(str, Enum):
     DISTINCT = "distinct"
     UNIFORM = "uniform"
     ZIPF = "zipf"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step: ``tokens`` new ones of ``sequences`` with so many ``distinct`` adapters.
+
+    ``attended`` counts query-key pairs, ``cached`` positions that are read.
+    """
+
+    tokens: int
+    sequences: int
+    attended: float
+    cached: float
+    distinct: float
 
 
 @dataclass(frozen=True)
@@ -36,3 +51,14 @@ class Traffic:
         weights = [1 / (i + 1) if self.distribution is Distribution.ZIPF else 1.0 for i in range(self.adapters)]
         whole = sum(weights)
         return sum(1 - (1 - weight / whole) ** requests for weight in weights)
+
+    def prefill(self, prompts: int) -> Batch:
+        """That many whole prompts."""
+        tokens = prompts * self.input_len
+        return Batch(tokens, prompts, tokens * (self.input_len + 1) / 2, tokens, self.distinct(prompts))
+
+    def decode(self) -> Batch:
+        """A decode step halfway through the output."""
+        requests = self.concurrency
+        positions = requests * (self.input_len + math.ceil(self.output_len / 2))
+        return Batch(requests, requests, positions, positions, self.distinct(requests))

@@ -8,18 +8,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from bdlora_perf.estimate.base_cost import Batch, base_collectives, dense_work, head_work
-from bdlora_perf.estimate.lora_cost import (
-    BASE,
-    Serving,
-    adapter_bytes,
-    bd_lora,
-    csgmv,
-    lora_layers,
-    replicated,
-    s_lora,
-)
+from bdlora_perf.estimate.lora_cost import BASE, Serving, bd_lora, csgmv, lora_work, replicated, s_lora
 from bdlora_perf.estimate.model_shape import SHAPES, ModelShape, load_shape
+from bdlora_perf.estimate.roofline import base_kernels
+from bdlora_perf.estimate.traffic import Batch
 from bdlora_perf.synthetic import make_adapter, make_model
 from bdlora_sglang.convert import inspect_adapter
 from bdlora_sglang.errors import BDLoRAError
@@ -48,13 +40,13 @@ BY_HAND = {
 
 @pytest.mark.parametrize(("serving", "elements"), BY_HAND.values(), ids=BY_HAND)
 def test_bytes_and_flops_of_a_tiny_model(serving: Serving, elements: int) -> None:
-    assert adapter_bytes(TINY, serving, tp=2) == 2 * elements
-    layers = list(lora_layers(TINY, serving, tp=2, tokens=3, distinct=2))
-    assert sum(kernel.flops for layer in layers for kernel in layer.kernels) == 2 * 3 * elements
+    assert serving.adapter_bytes(TINY, tp=2) == 2 * elements
+    kernels, _ = lora_work(TINY, serving, tp=2, tokens=3, distinct=2)
+    assert sum(kernel.flops for kernel in kernels) == 2 * 3 * elements
 
 
 def test_memory_traffic_of_the_qkv_kernels() -> None:
-    shrink, expand = next(lora_layers(TINY, bd_lora(4, 2), tp=2, tokens=3, distinct=2)).kernels
+    (shrink, expand, *_), _ = lora_work(TINY, bd_lora(4, 2), tp=2, tokens=3, distinct=2)
     # Two adapters' A of 3 modules x 2x8; each of 3 tokens reads 8 inputs and writes 3 x 2 values, 2 bytes each.
     assert shrink.num_bytes == 2 * 48 * 2 + 3 * (8 + 6) * 2
     # B of 4x2, 2x2, 2x2; each token reads the 6 values, reads and writes 4 + 2 + 2 outputs.
@@ -62,8 +54,8 @@ def test_memory_traffic_of_the_qkv_kernels() -> None:
 
 
 def test_the_base_model_has_no_lora() -> None:
-    assert adapter_bytes(TINY, BASE, 2) == 0
-    assert list(lora_layers(TINY, BASE, 2, tokens=3, distinct=1)) == []
+    assert BASE.adapter_bytes(TINY, 2) == 0
+    assert lora_work(TINY, BASE, 2, tokens=3, distinct=1) == ([], [])
 
 
 @pytest.mark.parametrize("nblocks", [None, 2, 4, 8], ids=["plain", "2-blocks", "4-blocks", "8-blocks"])
@@ -73,9 +65,9 @@ def test_peft_adapters_have_these_parameters_and_bytes(model: Path, tmp_path: Pa
     serving = bd_lora(16, nblocks or 1)
     assert serving.parameters(shape) == summary.num_parameters
     for size in summary.bytes_per_gpu:  # these adapters are float32, the estimate counts bfloat16
-        assert 2 * adapter_bytes(shape, serving, size.tp_size) == size.communication_free
-        assert 2 * adapter_bytes(shape, replicated(16), size.tp_size) == size.replicated
-        assert 2 * adapter_bytes(shape, s_lora(16), size.tp_size) == size.fully_sharded
+        assert 2 * serving.adapter_bytes(shape, size.tp_size) == size.communication_free
+        assert 2 * replicated(16).adapter_bytes(shape, size.tp_size) == size.replicated
+        assert 2 * s_lora(16).adapter_bytes(shape, size.tp_size) == size.fully_sharded
 
 
 def test_weights_and_flops_of_the_base_model_are_those_of_transformers(model: Path) -> None:
@@ -87,8 +79,8 @@ def test_weights_and_flops_of_the_base_model_are_those_of_transformers(model: Pa
     prompt = torch.zeros(2, 5, dtype=torch.long, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(prompt, logits_to_keep=1)
-    batch = Batch(tokens=10, sequences=2, attended=0, cached=0)
-    ours = shape.layers * sum(work.flops for work in dense_work(shape, 1, batch)) + head_work(shape, 1, batch).flops
+    dense, _, head = base_kernels(shape, 1, Batch(tokens=10, sequences=2, attended=0, cached=0, distinct=0))
+    ours = shape.layers * sum(kernel.flops for kernel in dense) + head.flops
     assert ours == counter.get_flop_counts()["Global"][torch.ops.aten.mm]
 
 
@@ -105,12 +97,9 @@ def test_parameter_ratios_are_the_papers(name: str, multiple: int, ratio: float)
 
 def test_s_lora_sends_what_the_paper_says() -> None:
     shape, tp, rank, tokens = SHAPES["llama-3.1-70b"], 8, 64, 32
-    qkv, o, *_ = lora_layers(shape, s_lora(rank), tp, tokens, distinct=1)
-    assert qkv.exchange is not None and o.exchange is not None
-    sent = qkv.exchange.sent_elements(tp) + o.exchange.sent_elements(tp)
-    assert sent == 5 * (tp - 1) * rank * tokens / tp
-    base = next(iter(base_collectives(shape, Batch(tokens, tokens, 0, 0))))
-    assert base.sent_elements(tp) == 2 * (tp - 1) * shape.hidden * tokens / tp
+    _, (qkv, o, *_) = lora_work(shape, s_lora(rank), tp, tokens, distinct=1)
+    # Of float32, 4 bytes each.
+    assert qkv.sent_bytes(tp) + o.sent_bytes(tp) == 4 * 5 * (tp - 1) * rank * tokens / tp
 
 
 @pytest.mark.parametrize(
@@ -118,23 +107,30 @@ def test_s_lora_sends_what_the_paper_says() -> None:
 )
 def test_collectives_that_lora_adds_to_a_layer(make: Callable[..., Serving], collectives: int) -> None:
     serving = bd_lora(64, 8) if make is bd_lora else make(64)
-    layers = list(lora_layers(SHAPES["llama-3.1-8b"], serving, 8, tokens=1, distinct=1))
-    assert sum(layer.exchange is not None for layer in layers) == collectives
-    alone = lora_layers(SHAPES["llama-3.1-8b"], serving, 1, tokens=1, distinct=1)
-    assert all(layer.exchange is None for layer in alone)
+    kernels, added = lora_work(SHAPES["llama-3.1-8b"], serving, 8, tokens=1, distinct=1)
+    assert len(kernels) == 8 and len(added) == collectives
+    _, alone = lora_work(SHAPES["llama-3.1-8b"], serving, 1, tokens=1, distinct=1)
+    assert alone == []
 
 
 def test_kv_heads_are_copied_where_there_are_fewer_than_ranks() -> None:
     # Two KV heads on four ranks: a rank has one of them, half of k's rows, so two of four blocks meet it.
-    factors = {m.name: m for m in TINY.linears(4)}
-    assert factors["k_proj"].local_outputs == 2 and factors["q_proj"].local_outputs == 2
-    qkv = next(lora_layers(TINY, bd_lora(4, 4), 4, tokens=1, distinct=1)).kernels[0]
-    assert qkv.flops == 2 * (1 * 8 + 2 * (2 * 8))
+    (q, k, v), *_ = TINY.fused_layers(4)
+    assert q.local_outputs == k.local_outputs == v.local_outputs == 2
+    (shrink, *_), _ = lora_work(TINY, bd_lora(4, 4), 4, tokens=1, distinct=1)
+    assert shrink.flops == 2 * (1 * 8 + 2 * (2 * 8))
 
 
 def test_every_short_name_has_a_shape_by_name_and_by_repo() -> None:
     for name, repo in MODEL_NAMES.items():
         assert load_shape(name) is load_shape(repo)
+
+
+def test_a_config_that_leaves_sizes_out(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    sizes = '"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 8'
+    path.write_text(f'{{{sizes}, "vocab_size": 9, "num_key_value_heads": null, "num_experts": null, "heads": 5}}')
+    assert load_shape(str(path)) == ModelShape(tmp_path.name, 64, 3, 4, 4, 16, 8, 9)
 
 
 @pytest.mark.parametrize(

@@ -12,14 +12,21 @@ from bdlora_perf.estimate.hardware import GPUS
 from bdlora_perf.estimate.lora_cost import ASSUMPTIONS
 from bdlora_perf.estimate.model_shape import SHAPES
 from bdlora_perf.estimate.paper import HEADLINES, Comparison, compare_headlines
-from bdlora_perf.estimate.recommend import Purpose, candidates
-from bdlora_perf.estimate.report import METRICS, estimate
+from bdlora_perf.estimate.recommend import candidates
+from bdlora_perf.estimate.report import METRICS, make_estimate, make_report
 from bdlora_perf.estimate.roofline import Deployment
 from bdlora_perf.estimate.traffic import Traffic
-from bdlora_perf.report.schema import load_report
+from bdlora_perf.report.run import Run
+from bdlora_perf.report.schema import Report, load_report
 from bdlora_sglang.errors import BDLoRAError
 
 SMALL = ("llama-3.1-8b", "a100", 8, Traffic(concurrency=8, adapters=4))
+
+
+def report_of(
+    model: str, gpu: str, tp: int, traffic: Traffic, ranks: tuple[int, ...], blocks: tuple[int, ...] = ()
+) -> Report:
+    return make_report(make_estimate(model, gpu, tp, traffic, ranks, blocks), Run("", seed=0))
 
 
 @pytest.fixture(scope="module")
@@ -63,12 +70,19 @@ def test_suggestions() -> None:
     found = candidates(deployment, Traffic(), 64, (4, 8, 16))
     suggested = {c.purpose: (c.serving.rank, c.serving.nblocks) for c in found if c.purpose is not None}
     # The paper's own choice for the same quality, and the most parameters that still gain.
-    assert suggested[Purpose.SPEED] == (128, 8)
-    larger = next(c for c in found if c.purpose is Purpose.QUALITY)
+    assert suggested["speed"] == (128, 8)
+    larger = next(c for c in found if c.purpose == "quality")
     assert larger.over_s_lora[0] > 1 and larger.over_replicated[0] > 1
     assert larger.over_s_lora[0] < larger.over_s_lora[1]
     rest = [c for c in found if c.parameter_ratio > larger.parameter_ratio]
     assert all(min(c.over_s_lora[0], c.over_replicated[0]) <= 1 for c in rest)
+
+
+def test_one_candidate_for_both_is_suggested_for_speed() -> None:
+    """In place of LoRA of rank 256, BD-LoRA of rank 1024 is not faster."""
+    deployment = Deployment(SHAPES["llama-3.1-70b"], GPUS["a100"], 8)
+    found = candidates(deployment, Traffic(), 256, (8,))
+    assert [c.purpose for c in found] == ["speed", None]
 
 
 def test_nothing_is_suggested_that_does_not_fit() -> None:
@@ -80,13 +94,13 @@ def test_nothing_is_suggested_that_does_not_fit() -> None:
 
 def test_what_does_not_fit_has_no_throughput() -> None:
     """Two hundred adapters on 8 A100: S-LoRA's of rank 64 fit, those that each rank holds a whole factor of do not."""
-    report = estimate("llama-3.1-70b", "a100", 8, Traffic(adapters=200), (64,), (8,))
+    report = report_of("llama-3.1-70b", "a100", 8, Traffic(adapters=200), (64,), (8,))
     assert "s-lora" in report.systems and "replicated" not in report.systems and report.baselines == ("s-lora",)
     assert any("BD-LoRA 4r, 8 blocks does not fit with 200 adapters of rank 256" in note for note in report.notes)
 
 
 def test_report() -> None:
-    report = estimate(*SMALL, ranks=(16, 64))
+    report = report_of(*SMALL, ranks=(16, 64))
     assert report.kind == "estimate" and report.estimate and report.title.startswith("Estimate")
     assert set(report.baselines) < set(report.systems)
     points = {tuple(sample.point.items()) for sample in report.samples}
@@ -104,7 +118,7 @@ def test_report() -> None:
 
 
 def test_the_same_arguments_give_the_same_figures() -> None:
-    first, second = (estimate(*SMALL, ranks=(16,)) for _ in range(2))
+    first, second = (report_of(*SMALL, ranks=(16,)) for _ in range(2))
     clock = {"started", "seconds"}
     assert first.model_dump(exclude=clock) == second.model_dump(exclude=clock)
 
@@ -132,7 +146,7 @@ def test_what_is_refused(arguments: dict[str, object], message: str) -> None:
     model, gpu, tp, traffic = SMALL
     usual = {"model": model, "gpu": gpu, "tp": tp, "traffic": traffic, "ranks": (16,)}
     with pytest.raises(BDLoRAError, match=re.escape(message)):
-        estimate(**{**usual, **arguments})  # type: ignore[arg-type]
+        make_estimate(**{**usual, **arguments})  # type: ignore[arg-type]
 
 
 def test_traffic_that_is_refused() -> None:

@@ -5,9 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from bdlora_perf.estimate.base_cost import decode_batch
-from bdlora_perf.estimate.collectives import Collective, Kind, collective_seconds
-from bdlora_perf.estimate.hardware import GPUS, NVLINK3, PCIE4, Link, sources
+from bdlora_perf.estimate.hardware import GPUS, NVLINK3, PCIE4, Collective, CollectiveKind, Link, sources
 from bdlora_perf.estimate.lora_cost import BASE, Assumptions, Serving, bd_lora, csgmv, replicated, s_lora
 from bdlora_perf.estimate.model_shape import SHAPES
 from bdlora_perf.estimate.roofline import Deployment
@@ -33,6 +31,13 @@ def test_a_decode_step_reads_the_weights_once(deployment: Deployment) -> None:
     assert step.lora == step.lora_collectives == step.lora_launches == 0
 
 
+def test_the_base_model_sends_what_the_paper_says(deployment: Deployment) -> None:
+    step = deployment.requests(BASE, replace(ONE, concurrency=32)).decode
+    # By NCCL's and the engine's times: 161 all-reduces of 2 (tp - 1) h N / tp values, an all-gather of the logits.
+    reduce = 10.1e-6 + 2 * 2 * 7 * 8192 * 32 / 8 / 231e9
+    assert step.collectives == pytest.approx(161 * reduce + 12.5e-6 + 2 * 7 * 128256 * 32 / 8 / 254e9)
+
+
 def test_a_prefill_is_bound_by_arithmetic(deployment: Deployment) -> None:
     layer = 8192 * (8192 + 1024 + 1024) + 8192 * 8192 + 3 * 8192 * 28672
     # Eight prompts of 1024 tokens fill a chunk of 8192; activations take what the arithmetic does not.
@@ -45,18 +50,18 @@ def test_a_prefill_is_bound_by_arithmetic(deployment: Deployment) -> None:
     ("kind", "num_bytes", "link", "microseconds"),
     [
         # NCCL's latency, and 7/8 of 8 KB at 254 GB/s.
-        (Kind.ALL_GATHER, 8000, NVLINK3, 12.5 + 7000 / 254e3),
+        ("all-gather", 8000, NVLINK3, 12.5 + 7000 / 254e3),
         # 14/8 of 1 GB at 231 GB/s.
-        (Kind.ALL_REDUCE, 1e9, NVLINK3, 17.0 + 1.75e9 / 231e3),
+        ("all-reduce", 1e9, NVLINK3, 17.0 + 1.75e9 / 231e3),
         # PCIe has no kernel of the engine's own, and a tenth of NVLink 3's 240 GB/s.
-        (Kind.ALL_REDUCE, 8000, PCIE4, 17.0 + 14000 / 23.1e3),
-        (Kind.ALL_REDUCE, 8000, NVLINK3, 10.1 + 14000 / 231e3),
+        ("all-reduce", 8000, PCIE4, 17.0 + 14000 / 23.1e3),
+        ("all-reduce", 8000, NVLINK3, 10.1 + 14000 / 231e3),
     ],
     ids=["all-gather", "all-reduce", "all-reduce-PCIe", "custom"],
 )
-def test_collectives_by_hand(kind: Kind, num_bytes: float, link: Link, microseconds: float) -> None:
-    assert collective_seconds(Collective(kind, num_bytes, 1), link, tp=8) == pytest.approx(microseconds * 1e-6)
-    assert collective_seconds(Collective(kind, num_bytes, 1), link, tp=1) == 0
+def test_collectives_by_hand(kind: CollectiveKind, num_bytes: float, link: Link, microseconds: float) -> None:
+    assert Collective(kind, num_bytes).seconds(link, tp=8) == pytest.approx(microseconds * 1e-6)
+    assert Collective(kind, num_bytes).seconds(link, tp=1) == 0
 
 
 @pytest.mark.parametrize(
@@ -100,10 +105,10 @@ def test_a_larger_rank_is_slower_and_bd_lora_sends_nothing(deployment: Deploymen
 
 def test_no_step_is_shorter_than_the_hosts() -> None:
     """What the GPU does not need, it waits; what it does need stays as it is."""
-    alone, batch = Deployment(SHAPES["llama-3.1-8b"], GPUS["a100"], 8), decode_batch(ONE)
-    gpu = alone.step(s_lora(16), batch, 1)
+    alone, batch = Deployment(SHAPES["llama-3.1-8b"], GPUS["a100"], 8), ONE.decode()
+    gpu = alone.step(s_lora(16), batch)
     for host in (0.5 * gpu.seconds, 2 * gpu.seconds):
-        step = replace(alone, assumptions=Assumptions("", host=host)).step(s_lora(16), batch, 1)
+        step = replace(alone, assumptions=Assumptions("", host=host)).step(s_lora(16), batch)
         assert step.seconds == pytest.approx(max(host, gpu.seconds))
         assert replace(step, waiting=0.0) == gpu
 
