@@ -3,13 +3,18 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar, get_args
 
 import typer
+from rich.console import Console
+from rich.progress import Progress
 
-from bdlora_cli.perf_output import check_output, print_report
+from bdlora_cli.perf_output import check_output, finish, print_report, typed_command
 from bdlora_sglang.errors import BDLoRAError
+
+Name = TypeVar("Name", bound=str)
 
 
 def kernels(
@@ -39,9 +44,7 @@ def kernels(
 ) -> None:
     """Time the LoRA kernels on the layers of Llama-3.1: ours, SGLang's, FlashInfer's and cuBLAS's."""
     if static:
-        from bdlora_cli.perf_kernels_static import static as run_static
-
-        run_static(architecture or (), model or (), phase or (), rank or (), output, force, measured)
+        _static(architecture, model, phase, rank, output, force, measured)
         return
     if architecture or model or phase or rank or measured:
         raise BDLoRAError(
@@ -50,10 +53,8 @@ def kernels(
     check_output(output, force)
 
     import torch
-    from rich.console import Console
 
     from bdlora_perf.kernels.results import load_raw, make_report
-    from bdlora_perf.report.render import write_report
 
     if raw is None:
         if not interpret and not torch.cuda.is_available():
@@ -65,5 +66,66 @@ def kernels(
         done = subprocess.run(command, env=environment)
         if done.returncode != 0:
             raise BDLoRAError(f"bdlora perf kernels: found exit code {done.returncode} of the measurement, expected 0")
-    report = make_report(load_raw(raw or output))
-    print_report(Console(), report, write_report(report, output))
+    finish(Console(), make_report(load_raw(raw or output)), output, all_must_be_measured=False)
+
+
+def _static(
+    architectures: Sequence[str] | None,
+    models: Sequence[str] | None,
+    phases: Sequence[str] | None,
+    ranks: Sequence[int] | None,
+    output: Path,
+    force: bool,
+    measured: Path | None,
+) -> None:
+    """Compile, model and report, one folder an architecture."""
+    try:
+        import sglang  # noqa: F401
+
+        from bdlora_perf.kernels.latency import KNOWN
+    except ImportError as error:
+        raise BDLoRAError(f"bdlora perf kernels --static: found no {error.name}, expected SGLang and Triton") from error
+    from bdlora_perf.kernels.shapes import MODELS, Phase
+    from bdlora_perf.kernels.static import RANKS, Row, read_all, sweep
+    from bdlora_perf.kernels.static_report import frame_of, make_report, measured_times, write_launches
+    from bdlora_perf.report.render import write_report
+    from bdlora_perf.report.run import Run
+    from bdlora_perf.report.schema import load_report
+
+    known = {f"sm_{capability}": capability for capability in KNOWN}
+    chosen = _checked("--architecture", architectures or list(known), list(known))
+    models = _checked("--model", models or [name for name in MODELS if name != "tiny"], list(MODELS))
+    chosen_phases: list[Phase] = _checked("--phase", phases or get_args(Phase), get_args(Phase))
+    ranks = list(dict.fromkeys(ranks or RANKS))
+    if not all(1 <= rank <= 256 for rank in ranks):
+        raise BDLoRAError(f"--rank: found {ranks}, expected numbers from 1 to 256")
+    timed = None if measured is None else load_report(measured)
+    if timed is not None and timed.kind != "kernels":
+        raise BDLoRAError(f"--measured {measured}: found a report of {timed.kind}, expected one of bdlora perf kernels")
+    if timed is None:
+        cases = list(sweep(models, chosen_phases, ranks))
+    else:
+        cases = list(dict.fromkeys(case for _, case in measured_times(timed)))
+    if not cases:
+        raise BDLoRAError(f"--measured {measured}: found no layer with times, expected one at least")
+    for name in chosen:
+        check_output(output / name, force)
+    console = Console()
+    for name in chosen:
+        run, folder = Run(typed_command(), 0), output / name
+        rows: list[Row] = []
+        with Progress(console=console) as progress:
+            task = progress.add_task(f"{name}: compiling", total=len(cases))
+            for done, found in read_all(cases, known[name]):
+                rows += found
+                progress.advance(task, done)
+        frame = frame_of(rows)
+        report = make_report(run, frame, known[name], timed)
+        print_report(console, report, [*write_report(report, folder), write_launches(frame, folder)])
+
+
+def _checked(option: str, values: Sequence[str], known: Sequence[Name]) -> list[Name]:
+    for value in values:
+        if value not in known:
+            raise BDLoRAError(f"{option}: found '{value}', expected one of {', '.join(known)}")
+    return [name for name in known if name in values]

@@ -5,9 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from bdlora_perf.kernels.problem import Call, Problem, make_problem
 from bdlora_perf.kernels.results import load_raw, make_report
-from bdlora_perf.kernels.shapes import Case, all_cases, layer_shape
+from bdlora_perf.kernels.shapes import Case, all_cases, tiny_cases
 from bdlora_perf.report.machine import machine_facts
 from bdlora_perf.report.schema import load_report
 
@@ -24,7 +26,7 @@ from bdlora_perf.report.schema import load_report
     ],
 )
 def test_layer_shapes(model: str, tp: int, layer: str, inputs: int, outputs: tuple[int, ...]) -> None:
-    found = layer_shape(model, tp, layer)
+    found = Case(model, tp, layer, "decode", 1, 1, "uniform", 8).shape()
     assert (found.inputs, found.outputs) == (inputs, outputs)
 
 
@@ -108,11 +110,32 @@ def test_the_interpreter_checks_every_contender(tmp_path: Path) -> None:
     assert load_report(tmp_path).failures == ()
 
 
+def test_a_contender_leaves_the_next_one_its_problem() -> None:
+    """Calls that are captured go on adding to y: the next contender is checked on y as it was."""
+    pytest.importorskip("triton")
+    from bdlora_perf.kernels.contenders import prepare_cublas_loop
+    from bdlora_perf.kernels.measure import check_and_capture
+
+    problem = make_problem(next(tiny_cases()), torch.device("cpu"), cache_bytes=0)
+    exact_TO = problem.exact()
+    for _ in range(2):
+        calls: list[Call] = []
+
+        def prepare(problem: Problem, calls: list[Call] = calls) -> Call:
+            calls.append(prepare_cublas_loop(problem))
+            return calls[0]
+
+        record: dict[str, float] = {}
+        assert check_and_capture(prepare, problem, exact_TO, record) is None
+        assert record["error_units"] < 1.5 and "failure" not in record
+        calls[0](0)
+
+
 def test_a_run_without_sglang_says_so_and_goes_on() -> None:
     program = (
         "import sys; sys.modules['sglang'] = None\n"
-        "from bdlora_perf.kernels.contenders import sglang_contenders, sglang_with_base\n"
-        "for prepare in {**sglang_contenders(), **sglang_with_base()}.values():\n"
+        "from bdlora_perf.kernels.contenders import sglang_contenders\n"
+        "for prepare in (*sglang_contenders().values(), *sglang_contenders(with_base=True).values()):\n"
         "    try: prepare(None)\n"
         "    except RuntimeError as error: print(error)\n"
     )

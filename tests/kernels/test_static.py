@@ -15,18 +15,28 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from bdlora_cli.main import app
 from bdlora_perf.kernels.absent_gpu import MachineCode
 from bdlora_perf.kernels.dependent_loads import Chain, loads_before_product
-from bdlora_perf.kernels.latency import CONSTANTS, KNOWN, Work, base_time, corners, launch_time, overlapped, serial
+from bdlora_perf.kernels.latency import CONSTANTS, KNOWN, Work, base_time, corners, launch_time, layer_time
 from bdlora_perf.kernels.shapes import Case
 from bdlora_perf.kernels.static import MATCHED, SYSTEM_NAMES, read
 from bdlora_perf.kernels.static_report import verdict
 from bdlora_perf.report.machine import describe_machine
 from bdlora_perf.report.render import write_report
 from bdlora_perf.report.schema import Metric, Report, Sample, System, load_report, save_report
+from bdlora_sglang.errors import BDLoRAError
 
 CASE = Case("Llama-3.1-70B", 8, "o", "decode", 1, 1, "uniform", 8)
 H100 = KNOWN[90]
 CODE = MachineCode("a", warps=4, registers=90, stack=0, shared=4608, sass="")
-WORK = Work(1320, Chain(l2=2, memory=1), 0, 0, 0, 1e6, 0, 2e6, 0, 1e6)
+WORK = Work(
+    programs=1320,
+    grid=1320,
+    code=CODE,
+    chain=Chain(l2=2, memory=1),
+    memory_bytes=1e6,
+    requested_bytes=2e6,
+    activation_bytes=0,
+    operations=1e6,
+)
 
 
 @pytest.mark.parametrize(
@@ -47,17 +57,31 @@ def test_programs_of_a_multiprocessor(registers: int, shared: int, warps: int, r
 
 def test_times_by_hand() -> None:
     """1,320 programs, five a multiprocessor of 132: two waves of two reads of the cache and one of memory."""
-    found = launch_time(WORK, CODE, 1320, H100, CONSTANTS)
-    assert (found.waves, found.bound) == (2.0, "waves")
-    assert found.us == pytest.approx(2 * (2 * 0.25 + 0.65))
+    two_waves = 2 * (2 * 0.25 + 0.65)
+    assert H100.waves(WORK.programs, CODE) == 2.0
+    assert launch_time(WORK, H100, CONSTANTS) == (pytest.approx(two_waves), "waves")
     # 10 MB at 90% of 3.35 TB/s, after the first program's loads.
-    large = launch_time(replace(WORK, memory_bytes=1e7), CODE, 1320, H100, CONSTANTS)
-    assert (large.bound, large.us) == ("memory", pytest.approx(2 * 0.25 + 0.65 + 1e7 / (3350e3 * 0.9)))
-    # A base layer of 16.8 MB takes 6.2 us: a shrink of 3 us is hidden, but for its own megabyte.
-    base = base_time(1024, 8192, 1, H100, CONSTANTS)
-    assert base == pytest.approx(0.65 + 2 * 1024 * 8192 / 3015e3)
-    assert overlapped(3.0, 1e6, [2.0], base, H100, CONSTANTS) == pytest.approx(1e6 / 3015e3 + 0.7 + 1.0 + 2.0)
-    assert serial([3.0, 2.0], CONSTANTS) == 7.0
+    large = replace(WORK, memory_bytes=1e7)
+    assert launch_time(large, H100, CONSTANTS) == (pytest.approx(2 * 0.25 + 0.65 + 1e7 / (3350e3 * 0.9)), "memory")
+    # Programs without tokens read one number, as many at a time.
+    assert launch_time(replace(WORK, grid=3 * 660), H100, CONSTANTS)[0] == pytest.approx(two_waves + 0.25)
+
+
+def test_times_of_a_layer_by_hand() -> None:
+    """A base layer of 16.8 MB takes 6.2 us: a shrink of 2.3 us is hidden, but for its own megabyte."""
+    o, launch = CASE.shape(), 2 * (2 * 0.25 + 0.65)
+    assert base_time(o, 1, H100, CONSTANTS) == pytest.approx(0.65 + 2 * 1024 * 8192 / 3015e3)
+    hidden = layer_time([WORK, WORK], o, 1, True, H100, CONSTANTS)
+    assert hidden == pytest.approx(1e6 / 3015e3 + 0.7 + 1.0 + launch)
+    assert layer_time([WORK, WORK], o, 1, False, H100, CONSTANTS) == pytest.approx(2 * (1.0 + launch))
+    # Three times as many programs take 6.9 us, and with the gap before them 1.7 us longer than the product.
+    long = replace(WORK, programs=3960, grid=3960)
+    over = 1.0 + 3 * launch - base_time(o, 1, H100, CONSTANTS)
+    assert layer_time([long, WORK], o, 1, True, H100, CONSTANTS) == pytest.approx(hidden + over)
+    # Weights of 58.7 MB drive out of 50 MiB what the first launch behind them reads: its first two reads are of memory.
+    down = replace(CASE, layer="down").shape()
+    cold = layer_time([WORK, WORK], down, 1, False, H100, CONSTANTS)
+    assert cold == pytest.approx(2 * (1.0 + launch) + 2 * (0.65 - 0.25))
 
 
 @pytest.mark.parametrize(
@@ -75,7 +99,8 @@ def test_times_by_hand() -> None:
 @pytest.mark.parametrize("capability", KNOWN)
 def test_more_work_takes_longer(more: Callable[[Work], Work], capability: int) -> None:
     for constants in corners():
-        times = [launch_time(work, CODE, 10**4, KNOWN[capability], constants).us for work in (WORK, more(WORK))]
+        works = (replace(work, grid=10**4) for work in (WORK, more(WORK)))
+        times = [launch_time(work, KNOWN[capability], constants)[0] for work in works]
         assert times[0] < times[1]
 
 
@@ -104,23 +129,23 @@ def test_launches_and_bytes_by_hand(system: str) -> None:
     row = read(system, CASE, 90)
     rank = 32 if system == MATCHED else 8
     factors, x, y = 2 * rank * (1024 + 8192), 2 * 1024, 2 * 8192
-    assert row.needed == factors + x + 2 * y
-    assert len(row.kernels) == 2 and all(int(kernel["registers"]) > 0 for kernel in row.kernels)
+    assert row["needed"] == factors + x + 2 * y
+    assert len(row["kernels"]) == 2 and all(int(kernel["registers"]) > 0 for kernel in row["kernels"])
     # Whoever it is: A, B (ours fetches it before), x for each block of rows of A, h, and y read and written.
-    assert row.needed <= row.requested < 2 * row.needed
-    assert row.overlap == (system not in ("csgmv", "triton"))
-    assert min(row.served) <= row.served[0] <= max(row.served) and row.serial > 2 * CONSTANTS.gap
+    assert row["needed"] <= row["requested"] < 2 * row["needed"]
+    assert row["overlap"] == (system not in ("csgmv", "triton"))
+    assert min(row["served"]) <= row["served"][0] <= max(row["served"]) and row["serial_us"] > 2 * CONSTANTS.gap
     if system == "bdlora":
         # Blocks of 256 outputs; h of 8 ranks in float32, written once and read by each of 32 of them.
-        assert [kernel["programs"] for kernel in row.kernels] == [1, 32]
-        assert row.requested == factors + 2 * rank * 8192 + x + 2 * y + 4 * 8 * (1 + 32)
+        assert [kernel["programs"] for kernel in row["kernels"]] == [1, 32]
+        assert row["requested"] == factors + 2 * rank * 8192 + x + 2 * y + 4 * 8 * (1 + 32)
 
 
 def test_partial_sums_by_hand() -> None:
     """The same at the down layer: 3584 inputs in 16 splits, whose partial sums are written and read."""
     row = read("bdlora", replace(CASE, layer="down"), 90)
-    assert [kernel["programs"] for kernel in row.kernels] == [16, 32]
-    assert row.requested == row.needed + 2 * 16 * 4 * 8 + 4 * 8 * 32
+    assert [kernel["programs"] for kernel in row["kernels"]] == [16, 32]
+    assert row["requested"] == row["needed"] + 2 * 16 * 4 * 8 + 4 * 8 * 32
 
 
 def test_verdicts() -> None:
@@ -130,21 +155,21 @@ def test_verdicts() -> None:
     assert verdict([2.0, 2.0], [3.0, 1.9]) == verdict([2.0, 2.0], [2.2, 2.2]) == "tie"
 
 
+def measured_report(case: Case, times: dict[str, float]) -> Report:
+    return Report(
+        kind="kernels", title="measured", command="", started="", seconds=1, seed=0, machine=describe_machine(),
+        settings={"gpu": "H100"}, systems={name: System(label=name) for name in times},
+        metrics={"time_us": Metric(label="time", unit="us", better="lower")},
+        samples=tuple(
+            Sample(system=name, point=case.point, round=0, metrics={"time_us": time}) for name, time in times.items()
+        ),
+    )  # fmt: skip
+
+
 def test_a_report_beside_a_measurement(tmp_path: Path) -> None:
     """``bdlora perf kernels --static --measured``: the model at the cases that were measured, and a page of it."""
     times = {"bdlora": 6.0, "csgmv": 8.0, "triton_v2": 6.0}
-    save_report(
-        Report(
-            kind="kernels", title="measured", command="", started="", seconds=1, seed=0, machine=describe_machine(),
-            settings={"gpu": "H100"}, systems={name: System(label=name) for name in times},
-            metrics={"time_us": Metric(label="time", unit="us", better="lower")},
-            samples=tuple(
-                Sample(system=name, point=CASE.point, round=0, metrics={"time_us": time})
-                for name, time in times.items()
-            ),
-        ),
-        tmp_path,
-    )  # fmt: skip
+    save_report(measured_report(CASE, times), tmp_path)
     command = ["perf", "kernels", "--static", "--architecture", "sm_90", "--measured", str(tmp_path)]
     done = CliRunner().invoke(app, [*command, "--output", str(tmp_path / "static")], catch_exceptions=False)
     assert done.exit_code == 0, done.output
@@ -157,6 +182,15 @@ def test_a_report_beside_a_measurement(tmp_path: Path) -> None:
     assert any("A model: nothing is timed" in note for note in report.notes)
     assert len((folder / "launches.csv").read_text().splitlines()) == 1 + len(SYSTEM_NAMES) + 1
     assert folder / "report.html" in write_report(report, folder, html=True)
+
+
+def test_a_report_without_timed_layers_is_refused(tmp_path: Path) -> None:
+    """A whole decode step is no layer that the model knows."""
+    save_report(measured_report(replace(CASE, layer="decode step"), {"bdlora": 900.0}), tmp_path)
+    command = ["perf", "kernels", "--static", "--measured", str(tmp_path), "--output", str(tmp_path / "static")]
+    with pytest.raises(BDLoRAError, match="found no layer with times, expected one"):
+        CliRunner().invoke(app, command, catch_exceptions=False)
+    assert not (tmp_path / "static").exists()
 
 
 def test_unknown_options_are_named(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,20 +24,6 @@ from triton.runtime.driver import driver  # type: ignore[import-untyped, unused-
 
 _OTHER_ASSEMBLERS = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH")
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-
-
-@dataclass(frozen=True)
-class Launched:
-    """One launch: its grid, what was compiled for it, and the arguments by name, constants included."""
-
-    grid: tuple[int, int, int]
-    code: "MachineCode"
-    arguments: Mapping[str, Any]
-
-    @property
-    def programs(self) -> int:
-        x, y, z = self.grid
-        return x * y * z
 
 
 @dataclass(frozen=True)
@@ -58,12 +44,24 @@ class MachineCode:
     stages: int = 1
     parameters: tuple[tuple[str, str], ...] = ()
 
+    @cached_property
+    def has_modern_products(self) -> bool:
+        """Products of a whole warp group (Hopper) or of tensor memory (Blackwell), not ``mma.sync``."""
+        return any(name in self.sass for name in ("HGMMA", "UTCHMMA", "UTCQMMA"))
+
+
+@dataclass(frozen=True)
+class Launched:
+    """One launch: its grid, what was compiled for it, and the arguments by name, constants included."""
+
+    grid: tuple[int, int, int]
+    code: MachineCode
+    arguments: Mapping[str, Any]
+
 
 @cache
-def machine_code(
-    name: str, warps: int, shared: int, binary: bytes, stages: int, parameters: tuple[tuple[str, str], ...]
-) -> MachineCode:
-    """Registers, stack and SASS of a kernel that Triton compiled."""
+def _disassemble(binary: bytes) -> tuple[int, int, str]:
+    """Registers, bytes of stack, and SASS of a kernel that Triton compiled."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
@@ -73,7 +71,7 @@ def machine_code(
     found = re.findall(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", sass)
     assert len(found) == 1, found
     registers, stack, local = map(int, found[0])
-    return MachineCode(name, warps, registers, stack + local, shared, sass, stages, parameters)
+    return registers, stack + local, sass
 
 
 @contextmanager
@@ -112,8 +110,9 @@ class _AbsentGPU(DriverBase):  # type: ignore[misc, unused-ignore]
 
         # What Triton calls in place of the kernel: grid, stream, function, metadata twice, two hooks, the arguments.
         def launch(x: int, y: int, z: int, _stream: int, function: bytes, *rest: Any) -> None:
-            shared, stages = metadata.shared, metadata.num_stages
-            code = machine_code(metadata.name, metadata.num_warps, shared, function, stages, given)
+            registers, stack, sass = _disassemble(function)
+            compiled = metadata.shared, sass, metadata.num_stages, given
+            code = MachineCode(metadata.name, metadata.num_warps, registers, stack, *compiled)
             # Triton keeps the launcher with the kernel: it may be older than the list of now.
             active = driver.active
             assert isinstance(active, _AbsentGPU), active

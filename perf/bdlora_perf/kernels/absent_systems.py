@@ -18,11 +18,9 @@ from sglang.srt.lora.dense.plan import AFamily, BFamily, Overlap
 from sglang.srt.lora.dense.runner import DenseLoraRunner
 
 from bdlora_kernels.configurations import load_configurations
-from bdlora_kernels.launch import Scratch, expand_launch, shape_of, shrink_launch
-from bdlora_kernels.layout import LayerFactors
-from bdlora_kernels.tables import SegmentTable, SliceTables
 from bdlora_perf.kernels.absent_gpu import Launched, absent_gpu
-from bdlora_perf.kernels.problem import Problem
+from bdlora_perf.kernels.contenders import prepare_with_base, shape_of_problem
+from bdlora_perf.kernels.problem import Problem, make_problem
 from bdlora_perf.kernels.sglang_contenders import CHUNK_SIZE, batch_info, prepare_triton, triton_v2_runner
 from bdlora_perf.kernels.shapes import Case
 
@@ -30,55 +28,25 @@ META = torch.device("meta")
 
 
 @dataclass(frozen=True)
-class Launches:
-    """What one layer launches: with ``overlap`` first ``beside`` the base layer's product, then ``after`` it.
+class Served:
+    """How a system serves a layer: with ``overlap``, what comes first runs beside the base layer's product.
 
-    ``all_slots``: the product with A is one of cuBLAS with the A of all slots, whose kernel is not known here.
+    ``all_slots``: a product of cuBLAS with the A of all slots comes before its launches; its kernel is not known here.
     """
 
-    beside: tuple[Launched, ...]
-    after: tuple[Launched, ...]
-    overlap: bool
-    all_slots: bool
-
-
-@dataclass
-class _Recorder:
-    """Which of the launches so far run beside the base layer's product."""
-
-    problem: Problem
-    capability: int
-    launched: list[Launched]
-    first: int = 0
-    beside: bool = False
+    overlap: bool = False
     all_slots: bool = False
 
-    def rest_is_after(self) -> None:
-        self.first, self.beside = len(self.launched), True
 
-
-def ours(recorder: _Recorder) -> None:
+def ours(problem: Problem, capability: int) -> Served:
     """Shrink and expand."""
-    problem = recorder.problem
-    shape, tokens, decode = problem.case.shape(), problem.case.tokens, problem.case.phase == "decode"
-    configurations = load_configurations(recorder.capability)
-    tables = SliceTables.allocate(problem.num_slots, problem.rank, problem.rank * len(shape.outputs), META)
-    segments = SegmentTable(tokens, problem.num_slots, configurations.block_tokens(decode), META)
-    elements = problem.a_NSRI[0, 0].numel() + problem.b_NSOr[0, 0].numel()
-    slots_SE = torch.empty(problem.num_slots, elements, dtype=problem.x_TI.dtype, device=META)
-    factors = LayerFactors(slots_SE, slots_SE, [()] * problem.num_slots)
-    scratch = Scratch.for_segments(segments, configurations, tables.h_size, META)
-    configuration = configurations.choose(shape_of(problem.x_TI, shape.total_outputs, tables, segments))
-    h_TR = scratch.h_TR(tokens, tables.h_size)
-    shrink_launch(h_TR, problem.x_TI, factors, tables, segments, scratch.partial, configuration).run()
-    if configuration.overlap:
-        recorder.rest_is_after()
-    expand_launch(problem.y_TO, h_TR, slots_SE, tables.expand, segments, configuration).run()
+    _, configuration = shape_of_problem(problem, load_configurations(capability))
+    prepare_with_base(problem, configuration, base=lambda n: problem.y_TO)(0)
+    return Served(configuration.overlap)
 
 
-def csgmv(recorder: _Recorder) -> None:
+def csgmv(problem: Problem, capability: int) -> Served:
     """SGLang's csgmv with its default blocks; its own host code asks the GPU for its name to find tuned ones."""
-    problem = recorder.problem
     info, starts = batch_info(problem, CHUNK_SIZE), tuple(problem.output_starts)
     x_TI, a_SRI, b_SOr = problem.x_TI, problem.a_NSRI[0], problem.b_NSOr[0]
     (_, rows, inputs), (_, outputs, rank), slices = a_SRI.shape, b_SOr.shape, len(starts) - 1
@@ -94,24 +62,22 @@ def csgmv(recorder: _Recorder) -> None:
         NUM_SLICES=slices, OUTPUT_DIM=outputs, MAX_RANK=rank, BLOCK_M=CHUNK_SIZE, SLICE_OFFSETS=starts,
         **DEFAULT_EXPAND_CONFIG,
     )  # fmt: skip
+    return Served()
 
 
-def triton(recorder: _Recorder) -> None:
+def triton(problem: Problem, capability: int) -> Served:
     """SGLang's triton."""
-    prepare_triton(recorder.problem)(0)
+    prepare_triton(problem)(0)
+    return Served()
 
 
-def triton_v2(recorder: _Recorder) -> None:
+def triton_v2(problem: Problem, capability: int) -> Served:
     """SGLang's triton_v2 by the plan of its runner, which says what runs beside the base layer's product."""
-    problem, capability = recorder.problem, recorder.capability
     architecture = "sm90" if capability // 10 == 9 else "sm100" if capability >= 100 else "default"
     runner, plan, offsets = triton_v2_runner(problem, architecture, _RunnerWithoutRoutes)
     if plan.overlap is Overlap.AB_DELTA:
         raise NotImplementedError(f"triton_v2: found overlap {plan.overlap.value}, expected none or a")
     bridge = runner.run_a(problem.x_TI, problem.a_NSRI[0], stack=len(offsets) - 1, plan=plan)
-    recorder.all_slots = plan.a_family is AFamily.ALL_SLOTS
-    if plan.overlap is Overlap.A:
-        recorder.rest_is_after()
     # Its own `slice_geometry` wants a GPU for the table of offsets.
     block, widths = plan.b_tiles["BLOCK_SIZE_N"], [stop - start for start, stop in pairwise(offsets)]
     uniform = widths[0] if len(set(widths)) == 1 else 0
@@ -121,14 +87,14 @@ def triton_v2(recorder: _Recorder) -> None:
         table[: len(offsets)], table[8:], len(widths), sum(-(-width // block) for width in widths), uniform,
         stride, all(width % block == 0 for width in widths), block,
     )  # fmt: skip
-    common = {"geometry": geometry, "config": plan.b_tiles, "add_inplace": True, "zero_sentinel": False}
-    common |= {"lora_ranks": runner.lora_ranks, "scalings": runner.scalings, "planes": bridge.planes}
+    batch = {"lora_ranks": runner.lora_ranks, "scalings": runner.scalings, "planes": bridge.planes}
+    common = {**batch, "geometry": geometry, "config": plan.b_tiles, "add_inplace": True, "zero_sentinel": False}
+    tensors = bridge.tensor, problem.b_NSOr[0], problem.y_TO
     if plan.b_family is BFamily.GROUPED:
-        route = runner.route(plan.block_size)
-        grouped_lora_b(bridge.tensor, problem.b_NSOr[0], problem.y_TO, route, **common)
+        grouped_lora_b(*tensors, runner.route(plan.block_size), **common)
     else:
-        common["slot_planes"] = bridge.slot_planes
-        per_row_lora_b(bridge.tensor, problem.b_NSOr[0], problem.y_TO, runner.raw_route(), **common)
+        per_row_lora_b(*tensors, runner.raw_route(), slot_planes=bridge.slot_planes, **common)
+    return Served(plan.overlap is Overlap.A, plan.a_family is AFamily.ALL_SLOTS)
 
 
 class _RunnerWithoutRoutes(DenseLoraRunner):  # type: ignore[misc, unused-ignore]
@@ -148,7 +114,7 @@ class _RunnerWithoutRoutes(DenseLoraRunner):  # type: ignore[misc, unused-ignore
         )  # fmt: skip
 
 
-SYSTEMS: Mapping[str, Callable[[_Recorder], None]] = {
+SYSTEMS: Mapping[str, Callable[[Problem, int], Served]] = {
     "bdlora": ours,
     "csgmv": csgmv,
     "triton": triton,
@@ -156,28 +122,8 @@ SYSTEMS: Mapping[str, Callable[[_Recorder], None]] = {
 }
 
 
-def launches(system: str, case: Case, capability: int) -> Launches:
-    """What ``system`` launches for a case on an architecture (90 for sm_90), compiled."""
+def launches(system: str, case: Case, capability: int) -> tuple[list[Launched], Served]:
+    """What ``system`` launches for a case on an architecture (90 for sm_90), compiled, and how it serves with it."""
+    problem = make_problem(case, META, cache_bytes=0)
     with absent_gpu(capability) as launched:
-        recorder = _Recorder(meta_problem(case), capability, launched)
-        SYSTEMS[system](recorder)
-    first = recorder.first
-    return Launches(tuple(launched[:first]), tuple(launched[first:]), recorder.beside, recorder.all_slots)
-
-
-def meta_problem(case: Case) -> Problem:
-    """A problem without memory."""
-    shape, rank = case.shape(), case.rank
-
-    def empty(*size: int) -> torch.Tensor:
-        return torch.empty(size, dtype=getattr(torch, case.dtype), device=META)
-
-    return Problem(
-        case=case,
-        rank=rank,
-        slots_T=case.slots(),
-        x_TI=empty(case.tokens, shape.inputs),
-        y_TO=empty(case.tokens, shape.total_outputs),
-        a_NSRI=empty(1, case.adapters, rank * len(shape.outputs), shape.inputs),
-        b_NSOr=empty(1, case.adapters, shape.total_outputs, rank),
-    )
+        return launched, SYSTEMS[system](problem, capability)

@@ -7,7 +7,7 @@ pointer has brought; else it comes from the second level, or from memory where t
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 
@@ -20,6 +20,9 @@ _PRODUCTS = ("HMMA", "HGMMA", "UTCHMMA", "IMMA", "DMMA")
 # Without tensor cores a product is a multiply and add of loaded numbers.
 _SCALAR_PRODUCTS = ("FFMA", "FMUL", "HFMA2")
 _MOST_WAYS = 4096
+_INSTRUCTION = re.compile(
+    r"/\*(?P<address>[0-9a-f]{4,})\*/\s+(?P<guard>@!?U?P\w+)?\s*(?P<opcode>[A-Z][\w.]*)\s*(?P<operands>[^;]*);"
+)
 
 
 @dataclass(frozen=True)
@@ -30,27 +33,14 @@ class Chain:
     l2: int = 0
     memory: int = 0
 
-    @property
-    def weight(self) -> float:
-        """For which of two chains is longer: about microseconds."""
-        return 0.02 * self.l1 + 0.25 * self.l2 + 0.65 * self.memory
+    def us(self, l1: float = 0.02, l2: float = 0.25, memory: float = 0.65) -> float:
+        """Microseconds with these of a read in each level; about those that they take, to say which chain is longer."""
+        return l1 * self.l1 + l2 * self.l2 + memory * self.memory
 
     @property
     def loads(self) -> int:
         """Without those that the first level answers."""
         return self.l2 + self.memory
-
-
-@dataclass(frozen=True)
-class _Instruction:
-    address: int
-    opcode: str
-    operands: str
-    guard: str
-
-    @property
-    def registers(self) -> list[str]:
-        return re.findall(r"\bU?[RP]\d+\b", f"{self.guard} {self.operands}")
 
 
 @dataclass
@@ -70,17 +60,19 @@ class _Warp:
         )
 
     def wait(self, ready: Chain) -> None:
-        if ready.weight > self.now.weight:
-            self.now = ready
+        self.now = max(self.now, ready, key=Chain.us)
+
+    def origins(self, registers: Iterable[str]) -> frozenset[str]:
+        return frozenset().union(*(self.origin.get(name, ()) for name in registers))
 
 
 @cache
 def loads_before_product(code: MachineCode, cold: frozenset[str]) -> Chain:
     """The chain up to the operands of the first product; raises ValueError where there is none."""
-    instructions = list(_instructions(code.sass))
-    places = {instruction.address: i for i, instruction in enumerate(instructions)}
+    instructions = list(_INSTRUCTION.finditer(code.sass))
+    places = {int(instruction["address"], 16): i for i, instruction in enumerate(instructions)}
     parameters = _parameters(code)
-    products = _PRODUCTS if any(i.opcode.startswith(_PRODUCTS) for i in instructions) else _SCALAR_PRODUCTS
+    products = _PRODUCTS if any(i["opcode"].startswith(_PRODUCTS) for i in instructions) else _SCALAR_PRODUCTS
     found: list[Chain] = []
     ways = [_Warp(0)]
     visited = 0
@@ -88,85 +80,73 @@ def loads_before_product(code: MachineCode, cold: frozenset[str]) -> Chain:
         warp = ways.pop()
         visited += 1
         while warp.place < len(instructions):
-            instruction = instructions[warp.place]
-            mentioned = instruction.registers
-            for name in mentioned:
+            guard, opcode, operands = instructions[warp.place].group("guard", "opcode", "operands")
+            for name in re.findall(r"\bU?[RP]\d+\b", f"{guard} {operands}"):
                 if name in warp.pending:
                     warp.wait(warp.pending.pop(name))
-            if instruction.opcode.startswith(products) and warp.now != Chain():
+            if opcode.startswith(products) and warp.now != Chain():
                 found.append(warp.now)
                 break
-            if instruction.opcode == "EXIT" and not instruction.guard:
+            if opcode == "EXIT" and not guard:
                 break
-            if instruction.opcode.startswith("BRA"):
-                target = places.get(int(re.findall(r"0x([0-9a-f]+)", instruction.operands)[-1], 16), 0)
+            if opcode.startswith("BRA"):
+                target = places.get(int(re.findall(r"0x([0-9a-f]+)", operands)[-1], 16), 0)
                 if target > warp.place:
-                    if not instruction.guard and "P" not in instruction.operands:
+                    if not guard and "P" not in operands:
                         warp.place = target
                         continue
                     ways.append(warp.fork(target))
-                elif not instruction.guard:
+                elif not guard:
                     break
-            _step(warp, instruction, parameters, cold)
+            _step(warp, opcode, operands, bool(guard), parameters, cold)
             warp.place += 1
     if not found:
         raise ValueError(f"{code.name}: found no product, expected one")
-    return min(found, key=lambda chain: chain.weight)
+    return min(found, key=Chain.us)
 
 
-def _step(warp: _Warp, instruction: _Instruction, parameters: Mapping[int, str], cold: frozenset[str]) -> None:
-    opcode, registers = instruction.opcode, re.findall(r"\bU?R\d+\b", instruction.operands)
-    if opcode.startswith(("LDG", "LD.E")) and not opcode.startswith("LDGDEPBAR"):
-        address = re.search(r"\[(R\d+)(?:\.64)?[^\]]*\]\s*(?:,|$|\s)", instruction.operands.rpartition("desc")[2] or "")
-        names = re.findall(r"\[(R\d+)\.64", instruction.operands) or ([address[1]] if address else [])
-        # A copy to shared memory names the target first.
-        pointers = frozenset().union(*(warp.origin.get(name, frozenset()) for name in names[-1:]))
-        ready = _arrival(warp, pointers, cold, strong="STRONG" in opcode)
-        if opcode.startswith("LDGSTS"):
-            warp.copies = max(warp.copies, ready, key=lambda chain: chain.weight)
-        elif registers:
-            for i in range(4 if ".128" in opcode else 2 if ".64" in opcode else 1):
-                name = f"R{int(registers[0][1:]) + i}"
-                warp.pending[name], warp.origin[name] = ready, frozenset()
-    elif opcode.startswith(("DEPBAR", "SYNCS", "CGABAR")):
+def _step(
+    warp: _Warp, opcode: str, operands: str, guarded: bool, parameters: Mapping[int, str], cold: frozenset[str]
+) -> None:
+    registers = re.findall(r"\bU?R\d+\b", operands)
+    if opcode.startswith(("DEPBAR", "SYNCS", "CGABAR")):
         warp.wait(warp.copies)
-    elif registers and not opcode.startswith(("ST", "BAR", "RED", "ATOM")):
-        used = frozenset().union(*(warp.origin.get(name, frozenset()) for name in registers[1:]))
-        used |= {
-            parameters[offset]
-            for offset in (int(text, 16) for text in re.findall(r"c\[0x0\]\[0x([0-9a-f]+)\]", instruction.operands))
-            if offset in parameters
-        }
-        kind, number = re.match(r"(U?R)(\d+)", registers[0]).groups()  # type: ignore[union-attr]
-        wide = 4 if ".128" in opcode else 2 if "WIDE" in opcode or ".64" in opcode else 1
-        # An instruction that may be skipped leaves the old value as the other possibility.
-        old = warp.origin.get(registers[0], frozenset()) if instruction.guard else frozenset()
-        for i in range(wide):
-            inner = used if i < 2 else frozenset(_next_pointers(instruction.operands, parameters))
-            warp.origin[f"{kind}{int(number) + i}"] = inner | old
-
-
-def _next_pointers(operands: str, parameters: Mapping[int, str]) -> Iterator[str]:
-    """The parameter 8 bytes behind the one that a 16-byte load of constants begins with."""
-    for text in re.findall(r"c\[0x0\]\[0x([0-9a-f]+)\]", operands):
-        if int(text, 16) + 8 in parameters:
-            yield parameters[int(text, 16) + 8]
+        return
+    is_load = opcode.startswith(("LDG", "LD.E")) and not opcode.startswith("LDGDEPBAR")
+    if not registers or (not is_load and opcode.startswith(("ST", "BAR", "RED", "ATOM"))):
+        return
+    width = 4 if ".128" in opcode else 2 if "WIDE" in opcode or ".64" in opcode else 1
+    kind, first = re.match(r"(U?R)(\d+)", registers[0]).groups()  # type: ignore[union-attr]
+    targets = [f"{kind}{int(first) + i}" for i in range(width)]
+    if is_load:
+        address = re.search(r"\[(R\d+)(?:\.64)?[^\]]*\]\s*(?:,|$|\s)", operands.rpartition("desc")[2])
+        names = re.findall(r"\[(R\d+)\.64", operands) or ([address[1]] if address else [])
+        # A copy to shared memory names the target first.
+        ready = _arrival(warp, warp.origins(names[-1:]), cold, strong="STRONG" in opcode)
+        if opcode.startswith("LDGSTS"):
+            warp.copies = max(warp.copies, ready, key=Chain.us)
+            return
+        warp.pending |= dict.fromkeys(targets, ready)
+        warp.origin |= dict.fromkeys(targets, frozenset())
+        return
+    constants = [int(text, 16) for text in re.findall(r"c\[0x0\]\[0x([0-9a-f]+)\]", operands)]
+    used = warp.origins(registers[1:]) | {parameters[place] for place in constants if place in parameters}
+    # A load of 16 bytes of constants brings two parameters.
+    next_used = frozenset(parameters[place + 8] for place in constants if place + 8 in parameters)
+    # An instruction that may be skipped leaves the old value as the other possibility.
+    old = warp.origins(registers[:1]) if guarded else frozenset()
+    for i, target in enumerate(targets):
+        warp.origin[target] = (used if i < 2 else next_used) | old
 
 
 def _arrival(warp: _Warp, pointers: frozenset[str], cold: frozenset[str], strong: bool) -> Chain:
     pointer, now = "+".join(sorted(pointers)), warp.now
     before = warp.finished.get(pointer)
-    if pointer and before is not None and before.weight <= now.weight and not strong:
+    if pointer and before is not None and before.us() <= now.us() and not strong:
         return replace(now, l1=now.l1 + 1)
     ready = replace(now, memory=now.memory + 1) if pointers & cold else replace(now, l2=now.l2 + 1)
     warp.finished.setdefault(pointer, ready)
     return ready
-
-
-def _instructions(sass: str) -> Iterator[_Instruction]:
-    pattern = r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+)?\s*([A-Z][\w.]*)\s*([^;]*);"
-    for address, guard, opcode, operands in re.findall(pattern, sass):
-        yield _Instruction(int(address, 16), opcode, operands, guard)
 
 
 def _parameters(code: MachineCode) -> dict[int, str]:

@@ -15,20 +15,22 @@ Not in the model: time to issue instructions, bank conflicts, the table look-ups
 change. Times are good for the order of systems, as far as `RANGES` do not turn it round, not for what a GPU will show.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
-from functools import cache
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from math import ceil
-from types import MappingProxyType
 from typing import Any
 
 from bdlora_perf.estimate.hardware import GPU, GPUS, Constant
 from bdlora_perf.kernels.absent_gpu import MachineCode
 from bdlora_perf.kernels.dependent_loads import Chain
+from bdlora_perf.kernels.shapes import Layer
 
 _HOPPER = "Luo et al., arXiv 2402.13499 and 2501.12084"
 _REVIEW = "a reading of these kernels' machine code in this project, before this model"
+
+# Of a launch, by name.
+Figures = dict[str, str | int | float]
 
 
 @dataclass(frozen=True)
@@ -49,33 +51,21 @@ class Constants:
 
 
 CONSTANTS = Constants()
-SOURCES: Mapping[str, Constant] = MappingProxyType(
-    {
-        "l1": Constant(CONSTANTS.l1, "us", f"{_HOPPER}: 38 to 41 clocks"),
-        "l2": Constant(
-            CONSTANTS.l2, "us", f"{_REVIEW}; {_HOPPER}: about 260 clocks, 0.15 to 0.19 us, when nothing else runs"
-        ),
-        "memory": Constant(
-            CONSTANTS.memory, "us", f"{_REVIEW}; {_HOPPER}: about 470 clocks, 0.27 to 0.33 us, when nothing else runs"
-        ),
-        "gap": Constant(
-            CONSTANTS.gap,
-            "us",
-            f"{_REVIEW}; hazyresearch.stanford.edu/blog/2025-05-27-no-bubbles: 1.3 us for start and end of a kernel",
-        ),
-        "join": Constant(CONSTANTS.join, "us", _REVIEW),
-    }
-)
+SOURCES: Mapping[str, str] = {
+    "l1": f"{_HOPPER}: 38 to 41 clocks",
+    "l2": f"{_REVIEW}; {_HOPPER}: about 260 clocks, 0.15 to 0.19 us, when nothing else runs",
+    "memory": f"{_REVIEW}; {_HOPPER}: about 470 clocks, 0.27 to 0.33 us, when nothing else runs",
+    "gap": f"{_REVIEW}; hazyresearch.stanford.edu/blog/2025-05-27-no-bubbles: 1.3 us for start and end of a kernel",
+    "join": _REVIEW,
+}
 # Between these every constant may lie: a comparison that turns round within them is a tie.
-RANGES: Mapping[str, tuple[float | bool, float | bool]] = MappingProxyType(
-    {
-        "l2": (0.18, 0.25),
-        "memory": (0.45, 0.65),
-        "gap": (0.7, 1.3),
-        "whole_waves": (True, False),
-        "keeps": (True, False),
-    }
-)
+RANGES: Mapping[str, tuple[float | bool, float | bool]] = {
+    "l2": (0.18, 0.25),
+    "memory": (0.45, 0.65),
+    "gap": (0.7, 1.3),
+    "whole_waves": (True, False),
+    "keeps": (True, False),
+}
 
 
 def corners() -> Iterator[Constants]:
@@ -111,6 +101,10 @@ class Architecture:
         by_shared = self.shared // (code.shared + 1024)
         return min(by_registers, by_shared, self.warps // code.warps, self.programs)
 
+    def waves(self, programs: int, code: MachineCode | None) -> float:
+        """How often so many programs fill the GPU; one of a product of cuBLAS (no code) does so."""
+        return programs / (1 if code is None else self.resident(code) * self.multiprocessors)
+
     @property
     def bytes_per_us(self) -> float:
         """A large copy reaches about 90% of the data sheet's bandwidth (the review: 3.0 of 3.35 TB/s)."""
@@ -133,117 +127,114 @@ class Work:
 
     Attributes:
         programs: those that have tokens.
-        chain: loads before the first product.
-        more_memory: further steps of a program's loop, over those in flight together: reads of memory.
-        more_l2: the same: reads of the second-level cache, and those after the loop. Means over the programs.
-        longest_l2: that of the program with most.
         memory_bytes: factors that come from memory, each once; ``fetched_bytes`` those that do so where the cache has
             lost what was fetched before.
         requested_bytes: what all programs read and write of factors, x, h and y together.
         activation_bytes: x or y, read and written, as often as it must be: from memory where it is larger than the
             cache.
         operations: floating-point operations of the products, with what fills up their tiles.
+        more_memory: further steps of a program's loop, over those in flight together: reads of memory.
+        more_l2: the same: reads of the second-level cache, and those after the loop. Means over the programs.
+        longest_l2: that of the program with most.
+        chain: loads before the first product.
+        code: None for a product of cuBLAS, of which nothing is known: it counts as one program.
+        grid: all programs; those without tokens read one number and end.
     """
 
     programs: int
-    chain: Chain
-    more_memory: float
-    more_l2: float
-    longest_l2: float
     memory_bytes: float
-    fetched_bytes: float
     requested_bytes: float
     activation_bytes: float
     operations: float
+    more_memory: float = 0
+    more_l2: float = 0
+    longest_l2: float = 0
+    fetched_bytes: float = 0
+    chain: Chain = field(default_factory=Chain)
+    code: MachineCode | None = None
+    grid: int = 1
 
 
-@dataclass(frozen=True)
-class LaunchTime:
-    """Microseconds of a launch, what bounds them, and in how many waves its programs run."""
+def launch_time(work: Work, architecture: Architecture, constants: Constants, cold: bool = False) -> tuple[float, str]:
+    """Microseconds of a launch without the gap before it, and what bounds them.
 
-    us: float
-    bound: str
-    waves: float
-
-
-def launch_time(
-    work: Work,
-    code: MachineCode | None,
-    grid: int,
-    architecture: Architecture,
-    constants: Constants,
-    cold: bool = False,
-) -> LaunchTime:
-    """The time of a launch of ``grid`` programs without the gap before it.
-
-    ``cold``: the second-level cache has lost what was in it. ``code`` is None for a product of cuBLAS, of which nothing
-    is known: its programs are taken to run at once.
+    ``cold``: the second-level cache has lost what was in it.
     """
     cold = cold and not constants.keeps
-
-    def lead_of(l2: float) -> float:
-        return constants.l1 * work.chain.l1 + l2 * work.chain.l2 + constants.memory * work.chain.memory
-
+    l1, l2, memory_us = constants.l1, constants.l2, constants.memory
     # The first wave brings the tables to the cache.
-    lead, rest = lead_of(constants.memory if cold else constants.l2), constants.memory * work.more_memory
-    longest = lead + rest + constants.l2 * work.longest_l2
-    mean = lead_of(constants.l2) + rest + constants.l2 * work.more_l2
-    waves, places = 0.0, 1
-    if code is not None:
-        places = architecture.resident(code) * architecture.multiprocessors
-        waves = work.programs / places
+    lead, rest = work.chain.us(l1, memory_us if cold else l2, memory_us), memory_us * work.more_memory
+    longest = lead + rest + l2 * work.longest_l2
+    mean = work.chain.us(l1, l2, memory_us) + rest + l2 * work.more_l2
+    waves = architecture.waves(work.programs, work.code)
     more_waves = (ceil(waves) if constants.whole_waves else waves) - 1
-    # Programs without tokens read one number and end.
-    idle = (grid - work.programs) / places * constants.l2 if code is not None else 0.0
+    idle = architecture.waves(work.grid - work.programs, work.code) * l2
     memory = work.memory_bytes + (work.fetched_bytes if cold else 0.0)
     if work.activation_bytes > architecture.l2_bytes:
         memory += work.activation_bytes
-    modern = code is None or _has_modern_products(code)
-    peak = architecture.gpu.matmul.value if modern else architecture.gpu.peak.value * architecture.mma
+    gpu = architecture.gpu
+    modern = work.code is None or work.code.has_modern_products
+    peak = gpu.matmul.value if modern else gpu.peak.value * architecture.mma
     times = {
         "latency" if waves <= 1 else "waves": longest + max(0.0, more_waves) * mean + idle,
         "memory": lead + memory / architecture.bytes_per_us,
         "cache": lead + work.requested_bytes / (architecture.l2_gb_per_s * 1e3),
-        "products": lead + work.operations / (min(peak, architecture.gpu.matmul.value) * 1e6),
+        "products": lead + work.operations / (min(peak, gpu.matmul.value) * 1e6),
     }
     bound = max(times, key=times.__getitem__)
-    return LaunchTime(times[bound], bound, waves)
+    return times[bound], bound
 
 
-@cache
-def _has_modern_products(code: MachineCode) -> bool:
-    """Products of a whole warp group (Hopper) or of tensor memory (Blackwell), not ``mma.sync``."""
-    return any(name in code.sass for name in ("HGMMA", "UTCHMMA", "UTCQMMA"))
+def describe_launch(work: Work, architecture: Architecture) -> Figures:
+    """Of a launch programs, registers, spilled bytes, shared bytes, programs that a multiprocessor holds, waves,
+    dependent loads before the first product, its time, and what bounds it."""
+    code, (us, bound) = work.code, launch_time(work, architecture, CONSTANTS)
+    modelled: Figures = {"loads": work.chain.loads, "us": round(us, 2), "bound": bound}
+    if code is None:
+        unknown = dict.fromkeys(("programs", "registers", "spills", "shared", "resident", "waves"), 0)
+        return {"kernel": "cuBLAS", **unknown, **modelled}
+    takes = {"registers": code.registers, "spills": code.stack, "shared": code.shared}
+    held = {"resident": architecture.resident(code), "waves": round(architecture.waves(work.programs, code), 2)}
+    return {"kernel": code.name, "programs": work.programs, **takes, **held, **modelled}
 
 
-def base_time(inputs: int, outputs: int, tokens: int, architecture: Architecture, constants: Constants) -> float:
+def base_time(layer: Layer, tokens: int, architecture: Architecture, constants: Constants) -> float:
     """Microseconds of the base layer's product in 16-bit types: its weights once, or its operations."""
-    weights = inputs * outputs
+    weights = layer.inputs * layer.total_outputs
     operations = 2 * weights * tokens / (architecture.gpu.matmul.value * 1e6)
     return constants.memory + max(2 * weights / architecture.bytes_per_us, operations)
 
 
-def serial(times: list[float], constants: Constants) -> float:
-    """Microseconds that launches add, one after the other behind the base layer's product."""
-    return sum(constants.gap + time for time in times)
-
-
-def overlapped(
-    first: float, first_bytes: float, rest: list[float], base: float, architecture: Architecture, constants: Constants
+def layer_time(
+    works: Sequence[Work], layer: Layer, tokens: int, overlap: bool, architecture: Architecture, constants: Constants
 ) -> float:
-    """Microseconds that are added where the first launch runs beside the base layer's product, of ``base`` us."""
-    over = max(0.0, constants.gap + first - base)
-    return over + first_bytes / architecture.bytes_per_us + constants.join + serial(rest, constants)
+    """Microseconds that launches add to a layer, one after the other behind the base layer's product.
+
+    With ``overlap`` the first runs beside it.
+    """
+    # Tables and h are in the cache before the product, which drives them out for the first launch behind it.
+    flushed, behind = 2 * layer.inputs * layer.total_outputs > architecture.l2_bytes, 1 if overlap else 0
+    times = [
+        constants.gap + launch_time(work, architecture, constants, cold=flushed and i == behind)[0]
+        for i, work in enumerate(works)
+    ]
+    if not overlap:
+        return sum(times)
+    over = max(0.0, times[0] - base_time(layer, tokens, architecture, constants))
+    return over + works[0].memory_bytes / architecture.bytes_per_us + constants.join + sum(times[1:])
+
+
+def ranges_in_words() -> str:
+    return ", ".join(f"{name} {low} to {high}" for name, (low, high) in RANGES.items())
 
 
 def source_rows(architecture: Architecture) -> dict[str, str]:
     """Every constant with its source, for the settings of a report."""
-    rows = {f"model: {name}": f"{c.value} {c.unit}: {c.source}" for name, c in SOURCES.items()}
-    rows["model: ranges"] = ", ".join(f"{name} {low} to {high}" for name, (low, high) in RANGES.items())
-    gpu = architecture.gpu
+    rows = {f"model: {name}": f"{getattr(CONSTANTS, name)} us: {source}" for name, source in SOURCES.items()}
+    rows["model: ranges"] = ranges_in_words()
     for name in ("bandwidth", "peak", "matmul"):
-        constant: Constant = getattr(gpu, name)
+        constant: Constant = getattr(architecture.gpu, name)
         rows[f"model: {name}"] = f"{constant.value:g} {constant.unit}: {constant.source}"
-    for field in fields(Architecture)[1:]:
-        rows[f"model: {field.name.replace('_', ' ')}"] = f"{getattr(architecture, field.name):g}"
+    for size in fields(Architecture)[1:]:
+        rows[f"model: {size.name.replace('_', ' ')}"] = f"{getattr(architecture, size.name):g}"
     return rows

@@ -9,10 +9,11 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -22,14 +23,8 @@ import torch
 import triton  # type: ignore[import-untyped, unused-ignore]
 
 from bdlora_kernels.configurations import device_configurations
-from bdlora_perf.kernels.contenders import (
-    prepare_base,
-    prepare_with_base,
-    same_factors,
-    sglang_contenders,
-    sglang_with_base,
-)
-from bdlora_perf.kernels.problem import Call, Contender, Problem, base_weight, error_in_units, make_problem
+from bdlora_perf.kernels.contenders import prepare_with_base, same_factors, sglang_contenders
+from bdlora_perf.kernels.problem import Call, Contender, Problem, base_product, error_in_units, make_problem
 from bdlora_perf.kernels.shapes import LAYERS, MODELS, Case, all_cases, tiny_cases
 from bdlora_perf.kernels.timing import CapturedCalls, capture, measure_ceilings, time_calls
 from bdlora_perf.report.machine import machine_facts
@@ -45,109 +40,103 @@ STEP_RANK = 8
 # The first cases, of three batches at each layer, are measured with the base layer's product, too.
 CASES_WITH_BASE = 3 * len(LAYERS)
 WITH_BASE: dict[str, Contender] = {
-    "base": prepare_base,
+    "base": base_product,
     "bdlora_with_base": partial(prepare_with_base, overlap=False),
     "bdlora_beside_base": partial(prepare_with_base, overlap=True),
 }
 
 Record = dict[str, Any]
+# Captures a contender's calls. Its record gets what is found before; None where nothing is to be timed.
+Entry = Callable[[Record], CapturedCalls | None]
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A contender at a problem; ``exact_TO`` is what it must compute, None where it computes nothing."""
-
-    prepare: Contender
-    problem: Problem
-    exact_TO: torch.Tensor | None
 
 
 def measure_case(case: Case, device: torch.device, cache_bytes: int) -> Record:
     """Every contender at one case: the error against float64, and the times."""
-    problem = make_problem(case, case.rank, device, cache_bytes)
+    problem = make_problem(case, device, cache_bytes)
     exact_TO = problem.exact()
-    entries = {
-        name: Entry(prepare, problem, None if name == "copy" else exact_TO)
+    entries: dict[str, Entry] = {
+        name: partial(check_and_capture, prepare, problem, None if name == "copy" else exact_TO)
         for name, prepare in same_factors(device).items()
     }
     for suffix, rank in case.matched_ranks().items() if device.type == "cuda" else ():
-        matched = make_problem(case, rank, device, cache_bytes)
+        matched = make_problem(replace(case, rank=rank), device, cache_bytes)
         exact_TO = matched.exact()
-        entries |= {
-            f"{name}_{suffix}": Entry(prepare, matched, exact_TO) for name, prepare in sglang_contenders().items()
-        }
-    floor = {"floor_bytes": case.floor_bytes(), "floating_point_operations": case.floating_point_operations()}
-    return {"point": case.point, **floor, "systems": _measure(entries, device)}
+        for name, prepare in sglang_contenders().items():
+            entries[f"{name}_{suffix}"] = partial(check_and_capture, prepare, matched, exact_TO)
+    return _measure(case, case.floor_bytes(), case.floating_point_operations(), entries)
 
 
 def measure_with_base(case: Case, device: torch.device, cache_bytes: int) -> Record:
     """The base layer's product with our delta, one after the other and with the shrink on a second stream."""
-    problem, shape = make_problem(case, case.rank, device, cache_bytes), case.shape()
-    product_TO = problem.x_TI.double() @ base_weight(problem).double().T
+    problem, shape = make_problem(case, device, cache_bytes), case.shape()
+    product_TO = problem.exact_base()
     exact_TO = replace(problem, y_TO=product_TO).exact()
-    entries = {
-        name: Entry(prepare, problem, product_TO if name == "base" else exact_TO)
-        for name, prepare in {**WITH_BASE, **(sglang_with_base() if device.type == "cuda" else {})}.items()
+    contenders = dict(WITH_BASE)
+    if device.type == "cuda":
+        contenders |= {f"{name}_with_base": prepare for name, prepare in sglang_contenders(with_base=True).items()}
+    entries: dict[str, Entry] = {
+        name: partial(check_and_capture, prepare, problem, product_TO if name == "base" else exact_TO)
+        for name, prepare in contenders.items()
     }
     weights = shape.inputs * shape.total_outputs
-    floor = {
-        "floor_bytes": case.floor_bytes() + 2 * weights,
-        "floating_point_operations": case.floating_point_operations() + 2 * case.tokens * weights,
-    }
-    point = replace(case, layer=f"{case.layer} with base").point
-    return {"point": point, **floor, "systems": _measure(entries, device)}
-
-
-def _measure(entries: Mapping[str, Entry], device: torch.device) -> dict[str, Record]:
-    systems: dict[str, Record] = {}
-    captured: dict[str, CapturedCalls] = {}
-    for name, entry in entries.items():
-        problem, record = entry.problem, systems.setdefault(name, {"rank": entry.problem.rank})
-        call = attempt(record, partial(entry.prepare, problem))
-        if call is None or not (entry.exact_TO is None or _is_right(record, call, problem, entry.exact_TO)):
-            continue
-        if device.type == "cuda":
-            calls = max(MIN_CALLS, problem.num_sets)
-            found = attempt(record, partial(capture, call, problem.num_sets, calls))
-            captured |= {} if found is None else {name: found}
-    for name, times in time_calls(captured).items():
-        systems[name]["times_us"] = times
-    return systems
-
-
-def _is_right(record: Record, call: Call, problem: Problem, exact_TO: torch.Tensor) -> bool:
-    before = problem.y_TO.clone()
-    attempt(record, partial(call, 0))
-    record["error_units"] = error_in_units(problem.y_TO, exact_TO)
-    problem.y_TO.copy_(before)
-    if "failure" not in record and not record["error_units"] <= MAX_ERROR_UNITS:
-        record["failure"] = f"error of {record['error_units']:.1f} roundings, expected at most {MAX_ERROR_UNITS}"
-    return "failure" not in record
+    floor_bytes = case.floor_bytes() + 2 * weights
+    operations = case.floating_point_operations() + 2 * case.tokens * weights
+    return _measure(replace(case, layer=f"{case.layer} with base"), floor_bytes, operations, entries)
 
 
 def measure_step(tokens: int, adapters: int, device: torch.device, cache_bytes: int) -> Record:
     """All LoRA of one decode step of the largest model at TP 8: every layer has factors of its own."""
     model = next(iter(MODELS))
     cases = [Case(model, 8, layer, "decode", tokens, adapters, "uniform", STEP_RANK) for layer in LAYERS]
-    problems = [make_problem(case, case.rank, device, cache_bytes, max_sets=32) for case in cases]
+    problems = [make_problem(case, device, cache_bytes, max_sets=32) for case in cases]
     layers = MODELS[model][2]
-    systems: dict[str, Record] = {}
+    entries: dict[str, Entry] = {
+        name: partial(_capture_step, prepare, problems, layers) for name, prepare in same_factors(device).items()
+    }
+    floor_bytes = layers * sum(case.floor_bytes() for case in cases)
+    operations = layers * sum(case.floating_point_operations() for case in cases)
+    return _measure(replace(cases[0], layer="decode step"), floor_bytes, operations, entries)
+
+
+def _measure(case: Case, floor_bytes: int, operations: int, entries: Mapping[str, Entry]) -> Record:
+    """Each contender's record, with times where its calls could be captured: those of all are replayed in turn."""
+    systems: dict[str, Record] = {name: {} for name in entries}
     captured: dict[str, CapturedCalls] = {}
-    for name, prepare in same_factors(device).items():
-        record = systems.setdefault(name, {"rank": STEP_RANK})
-        found = attempt(record, partial(_capture_step, prepare, problems, layers))
+    for name, entry in entries.items():
+        found = attempt(systems[name], partial(entry, systems[name]))
         captured |= {} if found is None else {name: found}
     for name, times in time_calls(captured).items():
         systems[name]["times_us"] = times
-    floor = {
-        "floor_bytes": layers * sum(case.floor_bytes() for case in cases),
-        "floating_point_operations": layers * sum(case.floating_point_operations() for case in cases),
-    }
-    return {"point": replace(cases[0], layer="decode step").point, **floor, "systems": systems}
+    floor = {"floor_bytes": floor_bytes, "floating_point_operations": operations}
+    return {"point": case.point, **floor, "systems": systems}
 
 
-def _capture_step(prepare: Contender, problems: list[Problem], layers: int) -> CapturedCalls:
+def check_and_capture(
+    prepare: Contender, problem: Problem, exact_TO: torch.Tensor | None, record: Record
+) -> CapturedCalls | None:
+    """Calls that compute ``exact_TO``, or nothing at all where it is None; on a GPU they are captured."""
+    record["rank"] = problem.case.rank
+    # Every call adds to y: the next contender finds that of the problem as it was.
+    problem = replace(problem, y_TO=problem.y_TO.clone())
+    call = prepare(problem)
+    if exact_TO is not None and not _is_right(record, call, problem, exact_TO):
+        return None
+    if problem.x_TI.device.type != "cuda":
+        return None
+    return capture(call, problem.num_sets, max(MIN_CALLS, problem.num_sets))
+
+
+def _is_right(record: Record, call: Call, problem: Problem, exact_TO: torch.Tensor) -> bool:
+    attempt(record, partial(call, 0))
+    record["error_units"] = error_in_units(problem.y_TO, exact_TO)
+    if "failure" not in record and not record["error_units"] <= MAX_ERROR_UNITS:
+        record["failure"] = f"error of {record['error_units']:.1f} roundings, expected at most {MAX_ERROR_UNITS}"
+    return "failure" not in record
+
+
+def _capture_step(prepare: Contender, problems: list[Problem], layers: int, record: Record) -> CapturedCalls:
+    record["rank"] = STEP_RANK
     calls = [(prepare(problem), problem.num_sets) for problem in problems]
 
     def layer(n: int) -> None:
@@ -175,10 +164,11 @@ def describe(device: torch.device) -> Record:
     return {**described, "configurations": f"sm_{origin.capability}, {origin.origin}"}
 
 
-def write_raw(raw: Mapping[str, Any], folder: Path) -> None:
-    temporary = folder / f".raw.json.{os.getpid()}"
-    temporary.write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / "raw.json")
+def replace_text(path: Path, text: str) -> None:
+    """Write at once: nobody finds half a file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def measure(folder: Path, minutes: float, interpret: bool = False) -> Record:
@@ -205,7 +195,7 @@ def measure(folder: Path, minutes: float, interpret: bool = False) -> Record:
             break
         raw["cases"].append(step())
         raw["seconds"] = time.monotonic() - start
-        write_raw(raw, folder)
+        replace_text(folder / "raw.json", json.dumps(raw, indent=1) + "\n")
         print_case(raw["cases"][-1])
     return raw
 
@@ -214,12 +204,10 @@ def print_case(record: Record) -> None:
     """One line: the case, and each system's median time, or its error where it is not timed."""
     parts = []
     for name, system in record["systems"].items():
-        times = sorted(system.get("times_us", ()))
-        found = (
-            f"{times[len(times) // 2]:.2f}us"
-            if times
-            else system.get("failure", f"{system.get('error_units', 0):.2f}u")
-        )
+        if times := system.get("times_us"):
+            found = f"{statistics.median_high(times):.2f}us"
+        else:
+            found = system.get("failure", f"{system.get('error_units', 0):.2f}u")
         parts.append(f"{name} {found[:60]}")
     print(*record["point"].values(), "|", ", ".join(parts), flush=True)
 

@@ -9,8 +9,8 @@ import torch
 from bdlora_kernels.layout import Slice
 from bdlora_perf.kernels.shapes import Case
 
-# Adds the delta of set n into the problem's y.
-Call = Callable[[int], None]
+# Adds the delta of set n into the problem's y; what it returns is of no interest.
+Call = Callable[[int], object]
 
 SCALING = 0.5
 _MAX_SETS = 128
@@ -18,14 +18,13 @@ _MAX_SETS = 128
 
 @dataclass(frozen=True)
 class Problem:
-    """Tensors of a case at one rank.
+    """Tensors of a case.
 
     Shape suffixes: N sets, S slots, R ranks of all slices together, I inputs, O outputs, r rank of a slice, T tokens.
     A decode step reads the factors of each layer once, so no factor is in the cache: set after set is used in turn.
     """
 
     case: Case
-    rank: int
     slots_T: list[int]
     x_TI: torch.Tensor
     y_TO: torch.Tensor
@@ -37,47 +36,46 @@ class Problem:
         return len(self.a_NSRI)
 
     @property
-    def num_slots(self) -> int:
-        return self.case.adapters
-
-    @property
     def output_starts(self) -> list[int]:
         """Where the slices' outputs start, and where the last one's stop."""
-        starts = [0]
-        for size in self.case.shape().outputs:
-            starts.append(starts[-1] + size)
-        return starts
+        return list(itertools.accumulate(self.case.shape().outputs, initial=0))
 
     def slices(self) -> tuple[Slice, ...]:
         """What a slot holds, in the kernels' own terms: the same bytes as ``a_NSRI[n, s]`` and ``b_NSOr[n, s]``."""
-        inputs, rank = self.case.shape().inputs, self.rank
+        inputs, rank = self.case.shape().inputs, self.case.rank
         return tuple(
             Slice(0, inputs, start, size, rank, i * rank * inputs, start * rank, SCALING)
             for i, (start, size) in enumerate(zip(self.output_starts, self.case.shape().outputs, strict=False))
         )
 
+    def tokens_by_slot(self) -> dict[int, torch.Tensor]:
+        """Of the adapters in the batch."""
+        slots_T = torch.tensor(self.slots_T)
+        return {slot: (slots_T == slot).nonzero().flatten().to(self.x_TI.device) for slot in sorted(set(self.slots_T))}
+
     def exact(self) -> torch.Tensor:
         """The result for the first set in float64."""
-        expected = self.y_TO.to(torch.float64, copy=True)
-        slots_T = torch.tensor(self.slots_T)
-        starts = self.output_starts
-        for slot in sorted(set(self.slots_T)):
-            tokens = (slots_T == slot).nonzero().flatten().to(expected.device)
-            h_TR = self.x_TI[tokens].double() @ self.a_NSRI[0, slot].double().T
-            for i, (start, stop) in enumerate(itertools.pairwise(starts)):
-                h_Tr = h_TR[:, i * self.rank : (i + 1) * self.rank]
-                expected[tokens, start:stop] += SCALING * h_Tr @ self.b_NSOr[0, slot, start:stop].double().T
+        expected, rank = self.y_TO.to(torch.float64, copy=True), self.case.rank
+        for slot, tokens_T in self.tokens_by_slot().items():
+            h_TR = self.x_TI[tokens_T].double() @ self.a_NSRI[0, slot].double().T
+            for i, (start, stop) in enumerate(itertools.pairwise(self.output_starts)):
+                h_Tr = h_TR[:, i * rank : (i + 1) * rank]
+                expected[tokens_T, start:stop] += SCALING * h_Tr @ self.b_NSOr[0, slot, start:stop].double().T
         return expected
+
+    def exact_base(self) -> torch.Tensor:
+        """The base layer's product for the first set in float64."""
+        return self.x_TI.double() @ base_weight(self).double().T
 
 
 Contender = Callable[[Problem], Call]
 
 
-def make_problem(case: Case, rank: int, device: torch.device, cache_bytes: int, max_sets: int = _MAX_SETS) -> Problem:
-    """Random tensors; as many sets of factors as fill the cache twice."""
+def make_problem(case: Case, device: torch.device, cache_bytes: int, max_sets: int = _MAX_SETS) -> Problem:
+    """Random tensors; as many sets of factors as fill the cache twice. On PyTorch's "meta" device nothing is random."""
     shape, dtype = case.shape(), getattr(torch, case.dtype)
-    generator = torch.Generator(device).manual_seed(0)
-    ranks = rank * len(shape.outputs)
+    generator = None if device.type == "meta" else torch.Generator(device).manual_seed(0)
+    rank, ranks = case.rank, case.rank * len(shape.outputs)
     slots_T = case.slots()
     used_bytes = len(set(slots_T)) * (ranks * shape.inputs + rank * shape.total_outputs) * dtype.itemsize
     sets = max(2, min(max_sets, -(-2 * cache_bytes // used_bytes)))
@@ -87,7 +85,6 @@ def make_problem(case: Case, rank: int, device: torch.device, cache_bytes: int, 
 
     return Problem(
         case=case,
-        rank=rank,
         slots_T=slots_T,
         x_TI=random(case.tokens, shape.inputs),
         y_TO=random(case.tokens, shape.total_outputs),

@@ -1,8 +1,9 @@
 """The report of a measurement: `raw.json` as `bdlora_perf.report` shows it."""
 
+import itertools
 import json
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def make_report(raw: Mapping[str, Any]) -> Report:
         # Raw figures of before the field was there say nothing of their machine but the GPU.
         machine=Machine.model_validate(raw["host"]) if "host" in raw else describe_machine(),
         settings={**raw["machine"], **raw.get("ceilings", {})},
-        systems={name: System(label=_label(name)) for name in names},
+        systems={name: System(label=label(name)) for name in names},
         metrics=METRICS,
         baselines=tuple(name for name in BASELINES if name in names),
         samples=tuple(sample for case in raw["cases"] for sample in _samples(case, raw.get("ceilings", {}))),
@@ -72,7 +73,8 @@ def make_report(raw: Mapping[str, Any]) -> Report:
     )
 
 
-def _label(name: str) -> str:
+def label(name: str) -> str:
+    """Of a system, in words."""
     contender, _, suffix = name.rpartition("_")
     return f"{LABELS[contender]}, {MATCHED[suffix]}" if suffix in MATCHED else LABELS[name]
 
@@ -93,39 +95,29 @@ def _samples(case: Mapping[str, Any], ceilings: Mapping[str, float]) -> Iterator
 
 def _notes(raw: Mapping[str, Any]) -> Iterator[str]:
     """What holds over all cases: speed-ups over the best of SGLang's, as geometric means."""
-    for phase in ("decode", "prefill"):
-        for suffix in ("", *MATCHED):
-            ratios = [ratio for case in raw["cases"] if (ratio := _speed_up(case, phase, suffix)) is not None]
-            if ratios:
-                against = f"serving {MATCHED[suffix]}" if suffix else "on the same factors"
-                yield (
-                    f"{phase}: {statistics.geometric_mean(ratios):.2f} times as fast as the best of SGLang's {against} "
-                    f"(geometric mean of {len(ratios)} cases, {min(ratios):.2f} to {max(ratios):.2f})."
-                )
-    ratios = [ratio for case in raw["cases"] if (ratio := _ratio(case, "bdlora_with_base", "bdlora_beside_base"))]
-    if ratios:
-        yield (
-            f"decode: a layer is {statistics.geometric_mean(ratios):.3f} times as fast with the shrink beside the base "
-            f"(geometric mean of {len(ratios)} cases, {min(ratios):.3f} to {max(ratios):.3f})."
-        )
-    if not any(system.get("times_us") for case in raw["cases"] for system in case["systems"].values()):
-        errors = [
-            system["error_units"]
-            for case in raw["cases"]
-            for system in case["systems"].values()
-            if "error_units" in system
-        ]
-        yield f"Nothing was timed. Largest error: {max(errors):.2f} roundings of the type."
+    cases = raw["cases"]
+    for phase, suffix in itertools.product(("decode", "prefill"), ("", *MATCHED)):
+        rivals = [f"{name}_{suffix}" if suffix else name for name in BASELINES]
+        against = f"serving {MATCHED[suffix]}" if suffix else "on the same factors"
+        ratios = [_speed_up(case, rivals, "bdlora") for case in cases if case["point"]["phase"] == phase]
+        yield from _mean(ratios, f"{phase}: {{}} times as fast as the best of SGLang's {against}", digits=2)
+    ratios = [_speed_up(case, ["bdlora_with_base"], "bdlora_beside_base") for case in cases]
+    yield from _mean(ratios, "decode: a layer is {} times as fast with the shrink beside the base", digits=3)
+    systems = [system for case in cases for system in case["systems"].values()]
+    if not any(system.get("times_us") for system in systems):
+        worst = max(system["error_units"] for system in systems if "error_units" in system)
+        yield f"Nothing was timed. Largest error: {worst:.2f} roundings of the type."
 
 
-def _speed_up(case: Mapping[str, Any], phase: str, suffix: str) -> float | None:
-    """How much faster ours is than the best of SGLang's."""
-    names = [f"{name}_{suffix}" if suffix else name for name in BASELINES]
-    ratios = [ratio for name in names if (ratio := _ratio(case, name, "bdlora"))]
-    return min(ratios) if case["point"]["phase"] == phase and ratios else None
+def _speed_up(case: Mapping[str, Any], slow: Iterable[str], fast: str) -> float | None:
+    """The median time of the best of ``slow`` over that of ``fast``; None where one side was not timed."""
+    timed = {name: times for name, system in case["systems"].items() if (times := system.get("times_us"))}
+    medians = [statistics.median(timed[name]) for name in slow if name in timed]
+    return float(min(medians) / statistics.median(timed[fast])) if medians and fast in timed else None
 
 
-def _ratio(case: Mapping[str, Any], slow: str, fast: str) -> float | None:
-    """Median time of one system over that of another; None where one of them was not timed."""
-    times = [case["systems"].get(name, {}).get("times_us") for name in (slow, fast)]
-    return float(statistics.median(times[0]) / statistics.median(times[1])) if all(times) else None
+def _mean(ratios: Iterable[float | None], claim: str, digits: int) -> Iterator[str]:
+    found = [ratio for ratio in ratios if ratio is not None]
+    if found:
+        mean, low, high = (f"{x:.{digits}f}" for x in (statistics.geometric_mean(found), min(found), max(found)))
+        yield f"{claim.format(mean)} (geometric mean of {len(found)} cases, {low} to {high})."

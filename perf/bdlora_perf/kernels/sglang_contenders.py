@@ -1,5 +1,6 @@
 """SGLang's own LoRA kernels, called as its backends ``csgmv``, ``triton`` and ``triton_v2`` call them."""
 
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -24,7 +25,7 @@ def batch_info(problem: Problem, max_length: int | None) -> LoRABatchInfo:
     """Tokens sorted by slot; with a ``max_length``, in segments of at most so many tokens, else one segment a slot."""
     device = problem.x_TI.device
     slots_T = torch.tensor(problem.slots_T)
-    counts = torch.bincount(slots_T, minlength=problem.num_slots).tolist()
+    counts = torch.bincount(slots_T, minlength=problem.case.adapters).tolist()
     segments = [
         (slot, min(max_length or count, count - start))
         for slot, count in enumerate(counts)
@@ -41,8 +42,8 @@ def batch_info(problem: Problem, max_length: int | None) -> LoRABatchInfo:
         num_segments=len(segments),
         seg_indptr=ints([0, *torch.tensor(lengths).cumsum(0).tolist()]),
         weight_indices=ints([slot for slot, _ in segments]),
-        lora_ranks=ints([problem.rank] * problem.num_slots),
-        scalings=torch.full((problem.num_slots,), SCALING, device=device),
+        lora_ranks=ints([problem.case.rank] * problem.case.adapters),
+        scalings=torch.full((problem.case.adapters,), SCALING, device=device),
         max_len=max_length or max(lengths),
         seg_lens=ints(lengths),
         permutation=ints(slots_T.argsort(stable=True).tolist()),
@@ -86,19 +87,18 @@ def triton_v2_runner(
 ) -> tuple[DenseLoraRunner, DensePlan, tuple[int, ...]]:
     """SGLang's runner with the batch, the plan that it chooses (for this GPU, or an ``architecture`` such as "sm90"),
     and where the slices' outputs start and end."""
-    device = problem.x_TI.device
+    device, case = problem.x_TI.device, problem.case
     offsets, tokens = tuple(problem.output_starts), len(problem.slots_T)
-    runner = runner_class(LoraWorkspace(), max_loras=problem.num_slots, device=device, architecture=architecture)
+    runner = runner_class(LoraWorkspace(), max_loras=case.adapters, device=device, architecture=architecture)
     runner.begin_batch(
         token_slots=torch.tensor(problem.slots_T, dtype=torch.int32, device=device),
-        lora_ranks=torch.full((problem.num_slots,), problem.rank, dtype=torch.int32, device=device),
-        scalings=torch.full((problem.num_slots,), SCALING, device=device),
+        lora_ranks=torch.full((case.adapters,), case.rank, dtype=torch.int32, device=device),
+        scalings=torch.full((case.adapters,), SCALING, device=device),
         num_tokens=tokens,
-        phase=Phase.DECODE if problem.case.phase == "decode" else Phase.PREFILL,
+        phase=Phase.DECODE if case.phase == "decode" else Phase.PREFILL,
         graph_mode=True,
     )
-    plan = runner.plan_for(DenseLoraKind.LINEAR, problem.rank, problem.x_TI.shape[1], offsets[-1], num_tokens=tokens)
-
+    plan = runner.plan_for(DenseLoraKind.LINEAR, case.rank, problem.x_TI.shape[1], offsets[-1], num_tokens=tokens)
     return runner, plan, offsets
 
 
@@ -119,7 +119,7 @@ def prepare_triton_v2_with_base(problem: Problem) -> Call:
 
     def call(n: int) -> None:
         a, b = problem.a_NSRI[n], problem.b_NSOr[n]
-        runner.apply(problem.x_TI, lambda: product(n), plan, a=a, b=b, offsets=offsets)
+        runner.apply(problem.x_TI, partial(product, n), plan, a=a, b=b, offsets=offsets)
 
     return call
 
@@ -134,9 +134,9 @@ def _after_base(prepare: Contender, problem: Problem) -> Call:
     return call
 
 
-CONTENDERS = {"csgmv": prepare_csgmv, "triton": prepare_triton, "triton_v2": prepare_triton_v2}
-WITH_BASE = {
-    "csgmv_with_base": partial(_after_base, prepare_csgmv),
-    "triton_with_base": partial(_after_base, prepare_triton),
-    "triton_v2_with_base": prepare_triton_v2_with_base,
+CONTENDERS: Mapping[str, Contender] = {"csgmv": prepare_csgmv, "triton": prepare_triton, "triton_v2": prepare_triton_v2}
+WITH_BASE: Mapping[str, Contender] = {
+    "csgmv": partial(_after_base, prepare_csgmv),
+    "triton": partial(_after_base, prepare_triton),
+    "triton_v2": prepare_triton_v2_with_base,
 }

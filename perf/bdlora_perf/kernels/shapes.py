@@ -19,7 +19,6 @@ LAYERS = ("qkv", "o", "gate_up", "down")
 class Layer:
     """One linear layer on one GPU; a slice has ``outputs[i]`` outputs and an A of its own."""
 
-    name: str
     inputs: int
     outputs: tuple[int, ...]
 
@@ -47,7 +46,15 @@ class Case:
         return asdict(self)
 
     def shape(self) -> Layer:
-        return layer_shape(self.model, self.tp, self.layer)
+        """The shard of one rank; KV heads are replicated when there are fewer than ranks."""
+        hidden, intermediate, _ = MODELS[self.model]
+        kv = max(KV_HEADS // self.tp, 1) * HEAD_SIZE
+        return {
+            "qkv": Layer(hidden, (hidden // self.tp, kv, kv)),
+            "o": Layer(hidden // self.tp, (hidden,)),
+            "gate_up": Layer(hidden, (intermediate // self.tp,) * 2),
+            "down": Layer(intermediate // self.tp, (hidden,)),
+        }[self.layer]
 
     def slots(self) -> list[int]:
         """The adapter of each token, 0 to ``adapters`` - 1; in a prefill, the tokens of an adapter are neighbours."""
@@ -78,19 +85,6 @@ class Case:
     def floating_point_operations(self) -> int:
         shape = self.shape()
         return 2 * self.tokens * self.rank * (len(shape.outputs) * shape.inputs + shape.total_outputs)
-
-
-def layer_shape(model: str, tp: int, layer: str) -> Layer:
-    """The shard of one rank; KV heads are replicated when there are fewer than ranks."""
-    hidden, intermediate, _ = MODELS[model]
-    kv = max(KV_HEADS // tp, 1) * HEAD_SIZE
-    inputs, outputs = {
-        "qkv": (hidden, (hidden // tp, kv, kv)),
-        "o": (hidden // tp, (hidden,)),
-        "gate_up": (hidden, (intermediate // tp,) * 2),
-        "down": (intermediate // tp, (hidden,)),
-    }[layer]
-    return Layer(layer, inputs, outputs)
 
 
 def tiny_cases() -> Iterator[Case]:

@@ -4,22 +4,22 @@ One sample a batch, rank and system holds the sum over the four layers that have
 layer, batch, rank and system.
 """
 
-import csv
-import io
+import itertools
+import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from statistics import geometric_mean
 
+import numpy as np
+import pandas as pd
 from scipy import stats
 
-from bdlora_perf.kernels.latency import CONSTANTS, KNOWN, RANGES, source_rows
-from bdlora_perf.kernels.results import LABELS
-from bdlora_perf.kernels.results import MATCHED as MATCHED_LABELS
+from bdlora_perf.kernels.latency import CONSTANTS, KNOWN, Figures, ranges_in_words, source_rows
+from bdlora_perf.kernels.results import label
 from bdlora_perf.kernels.shapes import LAYERS, Case
 from bdlora_perf.kernels.static import MATCHED, TP, Row
 from bdlora_perf.report.run import Run
-from bdlora_perf.report.schema import Metric, Point, Report, Sample, System, Value, write_atomically
+from bdlora_perf.report.schema import Metric, Report, Sample, System, Value, write_atomically
 
 METRICS = {
     "time_us": Metric(label="Model: LoRA of a decoder layer, as it is served", unit="us", better="lower"),
@@ -28,62 +28,74 @@ METRICS = {
 }
 OURS, RIVAL = "bdlora", "triton_v2"
 MOST_LISTED = 12
-_COLUMNS = ("programs", "registers", "spills", "shared", "resident", "waves", "loads", "us", "bound")
+_BATCH = ["model", "phase", "tokens", "adapters", "rank"]
+_SUMMED = ["served_us", "serial_us", "requested", "needed"]
+_LAUNCHES = ["programs", "registers", "spills", "shared", "resident", "waves", "loads", "us", "bound"]
+_LAUNCHES_CSV = [
+    *("model", "layer", "phase", "tokens", "adapters", "rank", "system", "overlap"),
+    *("served_us", "serial_us", "needed_kb", "requested_kb", *_LAUNCHES),
+]
 
 
-def make_report(run: Run, rows: Sequence[Row], capability: int) -> Report:
-    """The report of a sweep on one architecture."""
-    architecture, names = KNOWN[capability], list(dict.fromkeys(row.system for row in rows))
-    return Report(
+def frame_of(rows: Iterable[Row]) -> pd.DataFrame:
+    """The rows with the columns of ``launches.csv``, in which figures of launches, in order, are joined by "+"."""
+    frame = pd.DataFrame(rows)
+    for name in _LAUNCHES:
+        frame[name] = ["+".join(_short(launch[name]) for launch in launches) for launches in frame.kernels]
+    kilobytes = {"needed_kb": frame.needed // 1000, "requested_kb": frame.requested // 1000}
+    return frame.assign(overlap=frame.overlap.astype(int), **kilobytes)
+
+
+def _short(value: str | int | float) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def make_report(run: Run, frame: pd.DataFrame, capability: int, measured: Report | None = None) -> Report:
+    """The report of a sweep on one architecture, or of the model beside the times of a GPU's report.
+
+    Args:
+        frame: `frame_of` the sweep, or of the cases of `measured_times`.
+    """
+    architecture = KNOWN[capability]
+    systems = {
+        name: System(label=label(name), details=_details(own)) for name, own in frame.groupby("system", sort=False)
+    }
+    report = Report(
         kind="kernels-static",
         title=f"LoRA kernels on sm_{capability} ({architecture.gpu.label}): machine code and a latency model",
         estimate=True,
         **run.head(),
         settings={"architecture": f"sm_{capability}", "tp": TP, **source_rows(architecture)},
-        systems={name: System(label=label(name), details=_details(name, rows)) for name in names},
+        systems=systems,
         metrics=METRICS,
-        baselines=tuple(name for name in ("triton_v2", MATCHED, "csgmv", "triton") if name in names),
-        samples=tuple(_samples(rows)),
-        notes=tuple(_notes(rows)),
+        baselines=tuple(name for name in ("triton_v2", MATCHED, "csgmv", "triton") if name in systems),
+        samples=tuple(_samples(frame)),
+        notes=tuple(_notes(frame)),
     )
+    return report if measured is None else _beside(measured, report, frame)
 
 
-def label(name: str) -> str:
-    contender, _, suffix = name.rpartition("_")
-    return f"{LABELS[contender]}, {MATCHED_LABELS[suffix]}" if suffix in MATCHED_LABELS else LABELS[name]
-
-
-def _details(name: str, rows: Sequence[Row]) -> dict[str, Value]:
-    own = [row for row in rows if row.system == name]
-    kernels = [kernel for row in own for kernel in row.kernels]
+def _details(own: pd.DataFrame) -> dict[str, Value]:
+    kernels = pd.DataFrame(itertools.chain.from_iterable(own.kernels))
     return {
-        "rank": "local rank" if name != MATCHED else "4 times the local rank",
-        "launches a layer": " or ".join(sorted({str(len(row.kernels)) for row in own})),
-        "shrink beside the base product": f"{sum(row.overlap for row in own)} of {len(own)} cases",
-        "registers": f"{min(int(k['registers']) for k in kernels)} to {max(int(k['registers']) for k in kernels)}",
-        "launches that spill": sum(int(kernel["spills"]) > 0 for kernel in kernels),
-        "dependent loads before a product": " or ".join(sorted({str(kernel["loads"]) for kernel in kernels})),
-        "binaries": len({(k["kernel"], k["registers"], k["shared"]) for k in kernels}),
+        "rank": "local rank" if own.system.iloc[0] != MATCHED else "4 times the local rank",
+        "launches a layer": " or ".join(sorted({str(len(launches)) for launches in own.kernels})),
+        "shrink beside the base product": f"{own.overlap.sum()} of {len(own)} cases",
+        "registers": f"{kernels.registers.min()} to {kernels.registers.max()}",
+        "launches that spill": int((kernels.spills > 0).sum()),
+        "dependent loads before a product": " or ".join(sorted(set(kernels.loads.astype(str)))),
+        "binaries": len(kernels.drop_duplicates(["kernel", "registers", "shared"])),
     }
 
 
-def _batch(case: Case) -> Point:
-    names = ("model", "phase", "tokens", "adapters", "rank")
-    return {name: case.point[name] for name in names}
-
-
-def _samples(rows: Iterable[Row]) -> Iterator[Sample]:
-    groups: dict[tuple[object, ...], list[Row]] = defaultdict(list)
-    for row in rows:
-        key = (row.system, *_batch(row.case).values())
-        groups[key].append(row)
-    for own in groups.values():
-        metrics = {
-            "time_us": round(sum(row.served[0] for row in own), 2),
-            "serial_us": round(sum(row.serial for row in own), 2),
-            "requested": round(sum(row.requested for row in own) / sum(row.needed for row in own), 2),
-        }
-        yield Sample(system=own[0].system, point=_batch(own[0].case), round=0, metrics=metrics)
+def _samples(frame: pd.DataFrame) -> Iterator[Sample]:
+    layers = frame.groupby(["system", *_BATCH], sort=False, as_index=False)[_SUMMED]
+    # Added up in order: pandas's own sum corrects its roundings, and halves of the last digit would go another way.
+    sums = layers.agg(lambda column: sum(column.tolist()))
+    sums = sums.assign(time_us=sums.served_us, requested=sums.requested / sums.needed)
+    for row in sums.to_dict("records"):
+        point, metrics = {name: row[name] for name in _BATCH}, {name: round(row[name], 2) for name in METRICS}
+        yield Sample(system=row["system"], point=point, round=0, metrics=metrics)
 
 
 def verdict(ours: Sequence[float], theirs: Sequence[float]) -> str:
@@ -98,160 +110,117 @@ def verdict(ours: Sequence[float], theirs: Sequence[float]) -> str:
     return "ahead" if differences[0] > 0 else "behind"
 
 
-def _pairs(rows: Iterable[Row], rival: str, phase: str | None = None) -> list[tuple[Row, Row]]:
-    by_case: dict[Case, dict[str, Row]] = defaultdict(dict)
-    for row in rows:
-        by_case[row.case][row.system] = row
-    return [
-        (found[OURS], found[rival])
-        for case, found in by_case.items()
-        if OURS in found and rival in found and phase in (None, case.phase)
-    ]
+def _pairs(frame: pd.DataFrame, rival: str) -> pd.DataFrame:
+    """Our rows beside the rival's, how many times as fast we are, and the verdict."""
+    ours, theirs = (frame[frame.system == name] for name in (OURS, rival))
+    pairs = ours.merge(theirs, on="case", suffixes=("", "_theirs"))
+    verdicts = [verdict(*served) for served in zip(pairs.served, pairs.served_theirs, strict=True)]
+    return pairs.assign(ratio=pairs.served_us_theirs / pairs.served_us, verdict=verdicts)
 
 
-def _notes(rows: Sequence[Row]) -> Iterator[str]:
-    ranges = ", ".join(f"{name} {low} to {high}" for name, (low, high) in RANGES.items())
+def _notes(frame: pd.DataFrame) -> Iterator[str]:
     yield (
         "A model: nothing is timed. Its resolution: an order that turns round within the ranges of its constants "
-        f"({ranges}), or a difference of less than one read of the second-level cache ({CONSTANTS.l2} us), is a tie."
+        f"({ranges_in_words()}), or a difference of less than one read of the second-level cache ({CONSTANTS.l2} us), "
+        "is a tie."
     )
-    for phase in ("decode", "prefill"):
-        pairs = _pairs(rows, RIVAL, phase)
-        if pairs:
-            yield _same_factors(pairs, phase)
-            yield from _behind(pairs)
-    for phase in ("decode", "prefill"):
-        pairs = _pairs(rows, MATCHED, phase)
-        if pairs:
-            yield _matched(pairs, phase)
+    for phase, pairs in _pairs(frame, RIVAL).groupby("phase"):
+        yield _same_factors(pairs, phase)
+        yield from _behind(pairs[pairs.verdict == "behind"])
+    for phase, pairs in _pairs(frame, MATCHED).groupby("phase"):
+        yield _matched(pairs, phase)
     yield "launches.csv: programs, registers, spills, shared memory, occupancy, waves, bytes and dependent loads."
 
 
-def _same_factors(pairs: Sequence[tuple[Row, Row]], phase: str) -> str:
-    verdicts = [verdict(ours.served, theirs.served) for ours, theirs in pairs]
-    ratios = [theirs.served[0] / ours.served[0] for ours, theirs in pairs]
-    counts = ", ".join(f"{word} in {verdicts.count(word)}" for word in ("ahead", "tie", "behind"))
-    met = "Never behind" if "behind" not in verdicts else "Behind in some cases"
+def _same_factors(pairs: pd.DataFrame, phase: str) -> str:
+    number = {word: (pairs.verdict == word).sum() for word in ("ahead", "tie", "behind")}
+    counts = ", ".join(f"{word} in {count}" for word, count in number.items())
+    met = "Behind in some cases" if number["behind"] else "Never behind"
     return (
         f"{phase}, the same factors, against triton_v2 as its runner serves it: {met} beyond the resolution. Of "
-        f"{len(pairs)} layers and batches: {counts}. Geometric mean {geometric_mean(ratios):.2f} times as fast "
-        f"({min(ratios):.2f} to {max(ratios):.2f})."
+        f"{len(pairs)} layers and batches: {counts}. Geometric mean {stats.gmean(pairs.ratio):.2f} times as fast "
+        f"({pairs.ratio.min():.2f} to {pairs.ratio.max():.2f})."
     )
 
 
-def _behind(pairs: Sequence[tuple[Row, Row]]) -> Iterator[str]:
-    """The cases that are behind, the worst first, and what bounds the last kernel of both."""
-    found = [(ours, theirs) for ours, theirs in pairs if verdict(ours.served, theirs.served) == "behind"]
-    found.sort(key=lambda pair: pair[1].served[0] / pair[0].served[0])
-    for ours, theirs in found[:MOST_LISTED]:
-        case = ours.case
+def _behind(pairs: pd.DataFrame) -> Iterator[str]:
+    """These cases, the worst first, and what bounds the kernels of both."""
+    for row in pairs.sort_values("ratio", kind="stable").head(MOST_LISTED).itertuples():
+        case, ours = row.case, _why(row.system, row.overlap, row.kernels)
+        theirs = _why(row.system_theirs, row.overlap_theirs, row.kernels_theirs)
         yield (
             f"Behind: {case.model} {case.layer}, {case.phase}, {case.tokens} tokens, {case.adapters} adapters, rank "
-            f"{case.rank}: {ours.served[0]:.2f} us against {theirs.served[0]:.2f}. {_why(ours)}; {_why(theirs)}."
+            f"{case.rank}: {row.served_us:.2f} us against {row.served_us_theirs:.2f}. {ours}; {theirs}."
         )
-    if len(found) > MOST_LISTED:
-        by: dict[tuple[str, int], int] = defaultdict(int)
-        for ours, _ in found:
-            by[ours.case.layer, ours.case.rank] += 1
-        rest = ", ".join(f"{layer} rank {rank}: {count}" for (layer, rank), count in sorted(by.items()))
-        yield f"Behind, all {len(found)} by layer and rank: {rest}."
+    if len(pairs) > MOST_LISTED:
+        counts = pairs.groupby(["layer", "rank"]).size().items()
+        rest = ", ".join(f"{layer} rank {rank}: {count}" for (layer, rank), count in counts)
+        yield f"Behind, all {len(pairs)} by layer and rank: {rest}."
 
 
-def _why(row: Row) -> str:
-    parts = (f"{k['kernel']} {k['us']} us by {k['bound']}, {k['waves']} waves, {k['loads']} loads" for k in row.kernels)
-    return f"{row.system}{' overlapped' if row.overlap else ''}: {', '.join(parts)}"
+def _why(system: str, overlap: int, kernels: Sequence[Figures]) -> str:
+    parts = (f"{k['kernel']} {k['us']} us by {k['bound']}, {k['waves']} waves, {k['loads']} loads" for k in kernels)
+    return f"{system}{' overlapped' if overlap else ''}: {', '.join(parts)}"
 
 
-def _matched(pairs: Sequence[tuple[Row, Row]], phase: str) -> str:
-    ratios = [theirs.served[0] / ours.served[0] for ours, theirs in pairs]
-    mean = geometric_mean(ratios)
-    by_rank = {
-        rank: geometric_mean([t.served[0] / o.served[0] for o, t in pairs if o.case.rank == rank])
-        for rank in sorted({ours.case.rank for ours, _ in pairs})
-    }
-    corner_means = [
-        geometric_mean([theirs.served[i] / ours.served[i] for ours, theirs in pairs])
-        for i in range(len(pairs[0][0].served))
-    ]
+def _matched(pairs: pd.DataFrame, phase: str) -> str:
+    mean, by_rank = stats.gmean(pairs.ratio), pairs.groupby("rank").ratio.agg(stats.gmean)
+    corners = stats.gmean(np.array(pairs.served_theirs.tolist()) / np.array(pairs.served.tolist()))
     goal = f" The goal of 1.5 is {'met' if mean >= 1.5 else 'not met'}." if phase == "decode" else ""
     ranks = ", ".join(f"{rank}: {ratio:.2f}" for rank, ratio in by_rank.items())
     return (
         f"{phase}, matched quality (BD-LoRA of rank 2 r in {TP} blocks, against plain LoRA of rank r on triton_v2): "
-        f"{mean:.2f} times as fast (geometric mean of {len(pairs)} layers and batches; {min(corner_means):.2f} to "
-        f"{max(corner_means):.2f} within the ranges).{goal} By local rank: {ranks}."
+        f"{mean:.2f} times as fast (geometric mean of {len(pairs)} layers and batches; {corners.min():.2f} to "
+        f"{corners.max():.2f} within the ranges).{goal} By local rank: {ranks}."
     )
 
 
-def launches_csv(rows: Iterable[Row]) -> str:
-    """One row a case and system; figures of its launches, in order, are joined by "+"."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    head = ("model", "layer", "phase", "tokens", "adapters", "rank", "system", "overlap", "served_us", "serial_us")
-    writer.writerow([*head, "needed_kb", "requested_kb", *_COLUMNS])
-    for row in rows:
-        case = row.case
-        parts = ["+".join(_short(kernel[name]) for kernel in row.kernels) for name in _COLUMNS]
-        where = (case.model, case.layer, case.phase, case.tokens, case.adapters, case.rank)
-        figures = (f"{row.served[0]:.2f}", f"{row.serial:.2f}", row.needed // 1000, row.requested // 1000)
-        writer.writerow([*where, row.system, int(row.overlap), *figures, *parts])
-    return buffer.getvalue()
-
-
-def _short(value: str | int | float) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def write_launches(rows: Iterable[Row], folder: Path) -> Path:
+def write_launches(frame: pd.DataFrame, folder: Path) -> Path:
+    """``launches.csv``: one row a case and system."""
     path = folder / "launches.csv"
-    write_atomically(path, launches_csv(rows))
+    write_atomically(path, frame[_LAUNCHES_CSV].to_csv(index=False, float_format="%.2f", lineterminator="\n"))
     return path
 
 
-def measured_cases(measured: Report) -> list[Case]:
-    """The cases of a GPU's report (``bdlora perf kernels``) that the model knows: layers without the base product."""
-    points = {tuple(sorted(sample.point.items())): sample.point for sample in measured.samples}
-    known = [point for point in points.values() if point.get("layer") in LAYERS]
-    cases = [Case(**point) for point in known]  # type: ignore[arg-type]
-    return sorted(cases, key=lambda case: (case.rank, case.model, case.layer, case.tp, case.phase, case.tokens))
+def measured_times(measured: Report) -> dict[tuple[str, Case], float]:
+    """Median microseconds of each system and case of a GPU's report (``bdlora perf kernels``).
 
-
-def against_measurement(run: Run, rows: Sequence[Row], capability: int, measured: Report) -> Report:
-    """The model beside a measurement, layer by layer: each system behind the base layer's product, as it was timed."""
-    report = make_report(run, rows, capability)
-    samples, ratios = [], defaultdict(list)
-    medians: dict[tuple[str, tuple[object, ...]], list[float]] = defaultdict(list)
+    Of the cases that the model knows: layers without the base product.
+    """
+    times: dict[tuple[str, Case], list[float]] = defaultdict(list)
     for sample in measured.samples:
-        if "time_us" in sample.metrics:
-            medians[sample.system, tuple(sorted(sample.point.items()))].append(sample.metrics["time_us"])
-    for row in rows:
-        found = sorted(medians.get((row.system, tuple(sorted(row.case.point.items()))), ()))
-        if found:
-            time = found[len(found) // 2]
-            ratios[row.system].append((row.serial, time))
-            samples += [
-                Sample(system=name, point={**row.case.point}, round=0, metrics={"serial_us": round(value, 3)})
-                for name, value in ((row.system, row.serial), (f"{row.system}_measured", time))
-            ]
-    notes = []
-    for system, pairs in ratios.items():
-        mean = geometric_mean([model / time for model, time in pairs])
-        rank = stats.spearmanr(*zip(*pairs, strict=True)).statistic if len(pairs) > 2 else float("nan")
-        notes.append(f"{label(system)}: model over measurement {mean:.2f} (geometric mean of {len(pairs)} cases); rank "
-                     f"correlation {rank:.2f}.")  # fmt: skip
-    systems = {
-        key: value
-        for name in ratios
-        for key, value in (
-            (name, System(label=f"{label(name)}: model")),
-            (f"{name}_measured", System(label=f"{label(name)}: measured")),
+        if sample.point.get("layer") in LAYERS and "time_us" in sample.metrics:
+            case = Case(**sample.point)  # type: ignore[arg-type]
+            times[sample.system, case].append(sample.metrics["time_us"])
+    return {key: statistics.median_high(found) for key, found in times.items()}
+
+
+def _beside(measured: Report, report: Report, frame: pd.DataFrame) -> Report:
+    """The model beside a measurement, layer by layer: each system behind the base layer's product, as it was timed."""
+    times = measured_times(measured)
+    found = [times.get(key) for key in zip(frame.system, frame.case, strict=True)]
+    timed = frame.assign(time=found).dropna(subset="time")
+    systems, notes = {}, []
+    for name, own in timed.groupby("system", sort=False):
+        systems[name] = System(label=f"{label(name)}: model")
+        systems[f"{name}_measured"] = System(label=f"{label(name)}: measured")
+        mean = stats.gmean(own.serial_us / own.time)
+        rank = stats.spearmanr(own.serial_us, own.time).statistic if len(own) > 2 else float("nan")
+        notes.append(
+            f"{label(name)}: model over measurement {mean:.2f} (geometric mean of {len(own)} cases); rank "
+            f"correlation {rank:.2f}."
         )
-    }
+    samples = [
+        Sample(system=name, point=row.case.point, round=0, metrics={"serial_us": round(us, 3)})
+        for row in timed.itertuples()
+        for name, us in ((row.system, row.serial_us), (f"{row.system}_measured", row.time))
+    ]
     return report.model_copy(
         update={
             "title": f"{report.title}, beside a measurement",
             "samples": tuple(samples),
             "systems": systems,
-            "baselines": tuple(f"{name}_measured" for name in ratios)[:1],
+            "baselines": tuple(systems)[1:2],
             "notes": (*notes, *report.notes),
             "settings": {**report.settings, "measured": measured.settings.get("gpu", ", ".join(measured.machine.gpus))},
         }

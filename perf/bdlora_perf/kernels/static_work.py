@@ -4,11 +4,10 @@ Sizes are those of 16-bit types. What a kernel reads before its first product is
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
-from math import ceil
+from math import ceil, prod
 
 from bdlora_perf.kernels.absent_gpu import Launched
 from bdlora_perf.kernels.dependent_loads import Chain, loads_before_product
@@ -23,55 +22,36 @@ _FACTORS = frozenset({"a_ptr", "b_ptr", "weight_ptr", "weights"})
 _OWN_TABLES = frozenset({"entries_ptr"})
 
 
-@dataclass(frozen=True)
 class Batch:
-    """A case in numbers: ``counts`` tokens of each adapter, ``ranks`` of all slices of an adapter together."""
+    """A case in numbers: ``counts`` tokens of each adapter, ``ranks`` of all slices of an adapter together.
 
-    counts: tuple[int, ...]
-    tokens: int
-    inputs: int
-    widths: tuple[int, ...]
-    rank: int
+    Bytes are those of an adapter's A and B, of x, and of y, which is read and written.
+    """
 
-    @classmethod
-    def of(cls, case: Case) -> "Batch":
+    def __init__(self, case: Case) -> None:
         shape = case.shape()
-        return cls(tuple(Counter(case.slots()).values()), case.tokens, shape.inputs, shape.outputs, case.rank)
-
-    @property
-    def ranks(self) -> int:
-        return self.rank * len(self.widths)
-
-    @property
-    def outputs(self) -> int:
-        return sum(self.widths)
-
-    @property
-    def a_bytes(self) -> int:
-        """Of one adapter."""
-        return self.ranks * self.inputs * _ELEMENT
-
-    @property
-    def b_bytes(self) -> int:
-        """Of one adapter."""
-        return self.rank * self.outputs * _ELEMENT
-
-    @property
-    def x_bytes(self) -> int:
-        return self.tokens * self.inputs * _ELEMENT
-
-    @property
-    def y_bytes(self) -> int:
-        """Read and written."""
-        return 2 * self.tokens * self.outputs * _ELEMENT
+        self.counts = tuple(Counter(case.slots()).values())
+        self.tokens, self.adapters, self.rank = case.tokens, case.adapters, case.rank
+        self.inputs, self.widths, self.outputs = shape.inputs, shape.outputs, shape.total_outputs
+        self.ranks = self.rank * len(self.widths)
+        self.a_bytes = self.ranks * self.inputs * _ELEMENT
+        self.b_bytes = self.rank * self.outputs * _ELEMENT
+        self.x_bytes = self.tokens * self.inputs * _ELEMENT
+        self.y_bytes = 2 * self.tokens * self.outputs * _ELEMENT
 
     def tiles(self, block: int) -> int:
         return sum(ceil(count / block) for count in self.counts)
 
 
-def work_of(launched: Launched, case: Case, before: Launched | None) -> Work:
-    """What a launch has to do; ``before`` is the launch before it, of the same system."""
-    batch, name = Batch.of(case), launched.code.name
+def works_of(launched: Sequence[Launched], case: Case, all_slots: bool) -> list[Work]:
+    """What each launch has to do; with ``all_slots`` the product with the A of all slots comes first."""
+    batch = Batch(case)
+    works = [_work_of(one, batch, before) for before, one in zip((None, *launched), launched, strict=False)]
+    return [_all_slots(batch), *works] if all_slots else works
+
+
+def _work_of(launched: Launched, batch: Batch, before: Launched | None) -> Work:
+    name = launched.code.name
     if name not in _KERNELS:
         raise ValueError(f"found the kernel {name}, expected one of {sorted(_KERNELS)}")
     work, cold = _KERNELS[name](launched, batch), _FACTORS | _OWN_TABLES
@@ -84,17 +64,21 @@ def work_of(launched: Launched, case: Case, before: Launched | None) -> Work:
             work = replace(work, memory_bytes=0, fetched_bytes=work.memory_bytes, more_memory=0,
                            more_l2=work.more_l2 + work.more_memory,
                            longest_l2=work.longest_l2 + work.more_memory)  # fmt: skip
-    return replace(work, chain=loads_before_product(launched.code, cold))
+    chain = loads_before_product(launched.code, cold)
+    return replace(work, chain=chain, code=launched.code, grid=prod(launched.grid))
 
 
-def all_slots_work(case: Case) -> Work:
+def _all_slots(batch: Batch) -> Work:
     """The product of x with the A of all slots by cuBLAS: as good as its bytes allow."""
-    batch = Batch.of(case)
-    factors = case.adapters * batch.a_bytes
-    h_bytes = batch.tokens * case.adapters * batch.ranks * _ELEMENT
-    operations = 2.0 * max(batch.tokens, 16) * case.adapters * batch.ranks * batch.inputs
-    requested = factors + batch.x_bytes + h_bytes
-    return Work(1, Chain(memory=1), 0, 0, 0, factors, 0, requested, batch.x_bytes, operations)
+    factors, columns = batch.adapters * batch.a_bytes, batch.adapters * batch.ranks
+    return Work(
+        programs=1,
+        chain=Chain(memory=1),
+        memory_bytes=factors,
+        requested_bytes=factors + batch.x_bytes + batch.tokens * columns * _ELEMENT,
+        activation_bytes=batch.x_bytes,
+        operations=2.0 * max(batch.tokens, 16) * columns * batch.inputs,
+    )
 
 
 def _shrink(
@@ -102,9 +86,9 @@ def _shrink(
     tile: int,
     rows: int,
     block_k: int,
-    splits: int,
-    depth: int,
-    sums: bool,
+    splits: int = 1,
+    depth: int = 1,
+    sums: bool = False,
     turns: int = 1,
     h_bytes: int = _ELEMENT,
 ) -> Work:
@@ -118,20 +102,18 @@ def _shrink(
     planes = batch.tokens * batch.ranks * (_FLOAT * splits * (2 if sums else 1) if splits > 1 else h_bytes)
     return Work(
         programs=tiles * ceil(blocks / turns) * splits,
-        chain=Chain(),
-        more_memory=(steps - 1) / depth,
-        more_l2=after,
-        longest_l2=after,
         memory_bytes=len(batch.counts) * batch.a_bytes,
-        fetched_bytes=0,
         requested_bytes=tiles * batch.a_bytes + blocks * batch.x_bytes + planes,
         activation_bytes=batch.x_bytes,
         operations=2.0 * tiles * tile * blocks * rows * batch.inputs,
+        more_memory=(steps - 1) / depth,
+        more_l2=after,
+        longest_l2=after,
     )
 
 
 def _expand(
-    batch: Batch, tile: int, block_n: int, block_k: int, depth: int, planes: int = 1, after: float = 0.0
+    batch: Batch, tile: int, block_n: int, block_k: int, depth: int = 1, planes: int = 1, after: float = 0.0
 ) -> Work:
     """A kernel that multiplies ``tile`` tokens' h with ``block_n`` rows of B, in steps of ``block_k`` ranks."""
     tiles, columns = batch.tiles(tile), sum(ceil(width / block_n) for width in batch.widths)
@@ -139,15 +121,13 @@ def _expand(
     h_bytes = batch.tokens * batch.rank * (_ELEMENT if planes == 1 else _FLOAT * planes)
     return Work(
         programs=tiles * columns,
-        chain=Chain(),
-        more_memory=(steps - 1) / depth,
-        more_l2=after,
-        longest_l2=after,
         memory_bytes=len(batch.counts) * batch.b_bytes,
-        fetched_bytes=0,
         requested_bytes=tiles * batch.b_bytes + columns * h_bytes + batch.y_bytes,
         activation_bytes=batch.y_bytes,
         operations=2.0 * tiles * tile * columns * block_n * steps * max(16, block_k),
+        more_memory=(steps - 1) / depth,
+        more_l2=after,
+        longest_l2=after,
     )
 
 
@@ -178,80 +158,55 @@ def _our_expand(launched: Launched, batch: Batch) -> Work:
     ]
     steps: int = ceil(batch.rank / ranks)
     h_bytes = blocks * batch.tokens * batch.rank * _FLOAT
-
-    def further(turns_of_tile: float, slices_of_block: float) -> float:
-        """Reads of h and y in the turns behind the first: their B is in the first-level cache."""
-        return (turns_of_tile - 1) * slices_of_block * steps
-
-    mean_turns, mean_slices = sum(turns) / tiles, sum(slices) / blocks
     return Work(
         programs=blocks * tiles,
-        chain=Chain(),
-        more_memory=max(slices) * steps - 1,
-        more_l2=further(mean_turns, mean_slices),
-        longest_l2=further(max(turns), max(slices)),
         memory_bytes=len(batch.counts) * batch.b_bytes,
-        fetched_bytes=0,
         requested_bytes=tiles * batch.b_bytes + h_bytes + batch.y_bytes,
         activation_bytes=batch.y_bytes,
         # h goes in as two numbers of 16 bits.
         operations=2.0 * 2 * sum(turns) * max(at_once, 8) * sum(slices) * block * steps * ranks,
+        more_memory=max(slices) * steps - 1,
+        # Reads of h and y in the turns behind a tile's first: their B is in the first-level cache.
+        more_l2=(sum(turns) / tiles - 1) * (sum(slices) / blocks) * steps,
+        longest_l2=(max(turns) - 1) * max(slices) * steps,
     )
 
 
-def _grouped_a(launched: Launched, batch: Batch) -> Work:
+def _their_shrink(launched: Launched, batch: Batch) -> Work:
     given = launched.arguments
-    splits, sums = given["SPLIT_K"], given["SPLIT_MODE"] == "serial"
-    depth = max(1, launched.code.stages - 1)
-    return _shrink(batch, given["BLOCK_SIZE_M"], given["BLOCK_SIZE_N"], given["BLOCK_SIZE_K"], splits, depth, sums=sums)
+    tokens, rows, block_k = _block_sizes(given)
+    # A loop over the inputs of one token is not pipelined.
+    depth = 1 if tokens == 1 else max(1, launched.code.stages - 1)
+    serial = given.get("SPLIT_MODE") == "serial"
+    return _shrink(batch, tokens, rows, block_k, given.get("SPLIT_K", 1), depth, sums=serial)
 
 
-def _grouped_b(launched: Launched, batch: Batch) -> Work:
-    given = launched.arguments
-    return _expand(
-        batch, given["BLOCK_SIZE_M"], given["BLOCK_SIZE_N"], given["BLOCK_SIZE_K"], 1, planes=given["PLANES"]
-    )
+def _their_expand(launched: Launched, batch: Batch) -> Work:
+    given, sizes = launched.arguments, _block_sizes(launched.arguments)
+    if "PLANES" in given:
+        return _expand(batch, *sizes, planes=given["PLANES"])
+    # csgmv and triton read y behind the product.
+    return _expand(batch, *sizes, depth=launched.code.stages - 1, after=1.0)
 
 
-def _one_token_each(batch: Batch) -> Batch:
-    return replace(batch, counts=(1,) * batch.tokens)
-
-
-def _per_row_a(launched: Launched, batch: Batch) -> Work:
-    given = launched.arguments
-    work = _shrink(_one_token_each(batch), 1, given["BLOCK_SIZE_N"], given["BLOCK_SIZE_K"], 1, 1, sums=False)
-    return replace(work, memory_bytes=len(batch.counts) * batch.a_bytes)
-
-
-def _per_row_b(launched: Launched, batch: Batch) -> Work:
-    given = launched.arguments
-    work = _expand(_one_token_each(batch), 1, given["BLOCK_SIZE_N"], given["BLOCK_SIZE_K"], 1, planes=given["PLANES"])
-    return replace(work, memory_bytes=len(batch.counts) * batch.b_bytes)
-
-
-def _segment_shrink(tokens: str, launched: Launched, batch: Batch) -> Work:
-    """``tokens`` names the constant of how many a tile has."""
-    given, depth = launched.arguments, launched.code.stages - 1
-    return _shrink(batch, given[tokens], given["BLOCK_N"], given["BLOCK_K"], 1, depth, sums=False)
-
-
-def _segment_expand(tokens: str, launched: Launched, batch: Batch) -> Work:
-    # It reads y behind the product.
-    given, depth = launched.arguments, launched.code.stages - 1
-    return _expand(batch, given[tokens], given["BLOCK_N"], given["BLOCK_K"], depth, after=1.0)
+def _block_sizes(given: Mapping[str, int]) -> tuple[int, int, int]:
+    """Tokens, rows and columns of a tile, by SGLang's names; a kernel without the first has one token a program."""
+    tokens = next((given[name] for name in ("BLOCK_SIZE_M", "BLOCK_M", "BLOCK_S") if name in given), 1)
+    rows, columns = (given[f"BLOCK_SIZE_{side}" if f"BLOCK_SIZE_{side}" in given else f"BLOCK_{side}"] for side in "NK")
+    return tokens, rows, columns
 
 
 _KERNELS: Mapping[str, Callable[[Launched, Batch], Work]] = {
     "shrink_kernel": _our_shrink,
     "expand_kernel": _our_expand,
-    "_grouped_lora_a_kernel": _grouped_a,
-    "_grouped_lora_b_kernel": _grouped_b,
-    "_per_row_lora_a_kernel": _per_row_a,
-    "_per_row_lora_b_kernel": _per_row_b,
-    "_chunked_lora_shrink_kernel": partial(_segment_shrink, "BLOCK_M"),
-    "_chunked_lora_expand_kernel": partial(_segment_expand, "BLOCK_M"),
-    "_sgemm_lora_a_kernel": partial(_segment_shrink, "BLOCK_S"),
-    "_sgemm_lora_b_kernel": partial(_segment_expand, "BLOCK_S"),
-    "_qkv_lora_b_kernel": partial(_segment_expand, "BLOCK_S"),
-    "_gate_up_lora_b_kernel": partial(_segment_expand, "BLOCK_S"),
+    "_grouped_lora_a_kernel": _their_shrink,
+    "_grouped_lora_b_kernel": _their_expand,
+    "_per_row_lora_a_kernel": _their_shrink,
+    "_per_row_lora_b_kernel": _their_expand,
+    "_chunked_lora_shrink_kernel": _their_shrink,
+    "_chunked_lora_expand_kernel": _their_expand,
+    "_sgemm_lora_a_kernel": _their_shrink,
+    "_sgemm_lora_b_kernel": _their_expand,
+    "_qkv_lora_b_kernel": _their_expand,
+    "_gate_up_lora_b_kernel": _their_expand,
 }

@@ -12,10 +12,11 @@ _ROUNDS = 9
 
 @dataclass(frozen=True)
 class CapturedCalls:
-    """A graph of ``num_calls`` calls."""
+    """A graph of ``num_calls`` calls. It runs on memory that only ``call`` keeps from being given to others."""
 
     graph: torch.cuda.CUDAGraph
     num_calls: int
+    call: Callable[[int], object]
 
 
 def capture(call: Callable[[int], object], sets: int, num_calls: int) -> CapturedCalls:
@@ -30,7 +31,7 @@ def capture(call: Callable[[int], object], sets: int, num_calls: int) -> Capture
     with torch.cuda.graph(graph, stream=stream):
         for n in range(num_calls):
             call(n % sets)
-    return CapturedCalls(graph, num_calls)
+    return CapturedCalls(graph, num_calls, call)
 
 
 def time_calls(captured: Mapping[str, CapturedCalls], rounds: int = _ROUNDS) -> dict[str, list[float]]:

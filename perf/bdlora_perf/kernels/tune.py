@@ -7,10 +7,8 @@ order of weight; those that the time does not suffice for keep what they have. P
 """
 
 import argparse
-import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -22,10 +20,10 @@ import triton  # type: ignore[import-untyped, unused-ignore]
 
 from bdlora_kernels.configurations import Configuration, Configurations, device_configurations, format_configurations
 from bdlora_perf.kernels.contenders import prepare_ours, prepare_with_base, shape_of_problem
-from bdlora_perf.kernels.measure import FAILURES, MAX_ERROR_UNITS, MIN_CALLS
-from bdlora_perf.kernels.problem import Call, Problem, error_in_units, make_problem
-from bdlora_perf.kernels.shapes import Case, all_cases
-from bdlora_perf.kernels.timing import capture, time_calls
+from bdlora_perf.kernels.measure import Record, attempt, check_and_capture, replace_text
+from bdlora_perf.kernels.problem import Contender, Problem, make_problem
+from bdlora_perf.kernels.shapes import all_cases
+from bdlora_perf.kernels.timing import time_calls
 
 # In this order: the first fields matter most.
 OPTIONS: dict[str, tuple[Any, ...]] = {
@@ -45,40 +43,20 @@ _MARGIN = 0.98
 _MOST_CASES = 24
 
 
-def tuned_cases() -> Iterator[Case]:
-    """What `bdlora_perf.kernels.measure` comes to first, in its order."""
-    yield from islice(all_cases(), _MOST_CASES)
-
-
-def seconds_of(problem: Problem, exact_TO: torch.Tensor, configuration: Configuration) -> float:
-    """Median time of a call; infinite where the configuration does not run here or its result is wrong."""
-    before = problem.y_TO.clone()
-    try:
-        call = prepare_ours(problem, configuration)
-        call(0)
-        right = error_in_units(problem.y_TO, exact_TO) <= MAX_ERROR_UNITS
-        problem.y_TO.copy_(before)
-    except FAILURES:
-        return float("inf")
-    return _seconds(problem, lambda: call) if right else float("inf")
-
-
-def _seconds(problem: Problem, prepare: Callable[[], Call]) -> float:
-    """Median time of a call; infinite where it does not run here."""
-    try:
-        captured = capture(prepare(), problem.num_sets, max(MIN_CALLS, problem.num_sets))
-    except FAILURES:
-        return float("inf")
-    return statistics.median(time_calls({"": captured}, _ROUNDS)[""]) * 1e-6
+def seconds_of(prepare: Contender, problem: Problem, exact_TO: torch.Tensor | None = None) -> float:
+    """Median time of a call; infinite where it does not run here, or its result is not ``exact_TO`` (None: any)."""
+    record: Record = {}
+    captured = attempt(record, partial(check_and_capture, prepare, problem, exact_TO, record))
+    return float("inf") if captured is None else statistics.median(time_calls({"": captured}, _ROUNDS)[""]) * 1e-6
 
 
 def with_base(problem: Problem, configuration: Configuration) -> Configuration:
     """The configuration with the shrink beside the base layer's product, B fetched there or not, or after it."""
     beside, after = (replace(configuration, overlap=overlap, prefetch_b=False, pdl=False) for overlap in (True, False))
     best, *others = after, beside, replace(beside, prefetch_b=True)
-    seconds = _seconds(problem, partial(prepare_with_base, problem, best))
+    seconds = seconds_of(partial(prepare_with_base, configuration=best), problem)
     for candidate in others:
-        found = _seconds(problem, partial(prepare_with_base, problem, candidate))
+        found = seconds_of(partial(prepare_with_base, configuration=candidate), problem)
         if found < _MARGIN * seconds:
             best, seconds = candidate, found
     return best if best.overlap else replace(after, pdl=configuration.pdl)
@@ -87,13 +65,13 @@ def with_base(problem: Problem, configuration: Configuration) -> Configuration:
 def tune(problem: Problem, configuration: Configuration, deadline: float) -> tuple[Configuration, float, float]:
     """The best configuration that was found, and the seconds of a call before and after."""
     exact_TO = problem.exact()
-    before = best = seconds_of(problem, exact_TO, configuration)
+    before = best = seconds_of(partial(prepare_ours, configuration=configuration), problem, exact_TO)
     for field, values in OPTIONS.items():
         for value in values:
             if value == getattr(configuration, field) or time.monotonic() > deadline:
                 continue
             candidate = replace(configuration, **{field: value})
-            found = seconds_of(problem, exact_TO, candidate)
+            found = seconds_of(partial(prepare_ours, configuration=candidate), problem, exact_TO)
             if found < _MARGIN * best:
                 configuration, best = candidate, found
     return configuration, before, best
@@ -105,11 +83,12 @@ def tune_device(minutes: float) -> Configurations:
     known = device_configurations(device)
     cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
     tuned = dict(known.tuned)
-    for case in tuned_cases():
+    # What `bdlora_perf.kernels.measure` comes to first, in its order.
+    for case in islice(all_cases(), _MOST_CASES):
         if time.monotonic() > deadline:
             break
-        problem = make_problem(case, case.rank, device, cache_bytes, max_sets=32)
-        shape, chosen = shape_of_problem(problem)
+        problem = make_problem(case, device, cache_bytes, max_sets=32)
+        shape, chosen = shape_of_problem(problem, known)
         found, before, after = tune(problem, chosen, deadline)
         found = with_base(problem, found) if case.phase == "decode" else found
         print(f"{shape}: {before * 1e6:.2f} us, {after * 1e6:.2f} us with {found}", flush=True)
@@ -125,9 +104,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=3, help="nothing new is tried later")
     arguments = parser.parse_args()
     text = format_configurations(tune_device(arguments.minutes))
-    temporary = arguments.output.with_name(f".{arguments.output.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, arguments.output)
+    replace_text(arguments.output, text)
 
 
 if __name__ == "__main__":
