@@ -1,20 +1,22 @@
 """``bdlora perf quality``: LoRA, BD-LoRA and conversions, trained and compared at equal parameters."""
 
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bdlora_cli.perf_output import check_output, finish
+from bdlora_cli.perf_output import check_output, finish, split, typed_command
 from bdlora_sglang.errors import BDLoRAError
 
 if TYPE_CHECKING:
     from bdlora_perf.quality.plan import QualityOptions
 
 
+_NONE: tuple[object, ...] = (None, (), [])  # how typer has options that are not given
+
+
 def quality(
+    context: typer.Context,
     model: Annotated[Path, typer.Option(help="Folder of the base model.")],
     data: Annotated[
         list[Path], typer.Option(help="A task: .jsonl with prompt and completion, or a text file; repeatable.")
@@ -27,9 +29,11 @@ def quality(
     multiples: Annotated[
         list[str] | None, typer.Option(help="BD-LoRA's ranks over r, beside the matched one. Default: 2 and 4.")
     ] = None,
-    init: Annotated[
+    inits: Annotated[
         list[str] | None,
-        typer.Option(help="Of a block-diagonal A: per-block, whole-layer or peft. The first is the main one."),
+        typer.Option(
+            "--init", help="Of a block-diagonal A: per-block, whole-layer or peft. The first is the main one."
+        ),
     ] = None,
     seeds: Annotated[list[str] | None, typer.Option(help="Comma or repeat. Default: 0 to 4.")] = None,
     learning_rates: Annotated[
@@ -72,44 +76,26 @@ def quality(
 
     import torch
 
-    from bdlora_perf.quality.plan import QualityOptions, check_plan, make_plan
-    from bdlora_perf.quality.systems import METHODS
+    from bdlora_perf.quality.plan import Plan, QualityOptions, check_plan, make_plan
 
     found = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    block_counts = _numbers("blocks", blocks, "8")
-    plan = make_plan(
-        model,
-        data,
-        methods=_words(methods, ",".join(METHODS)),
-        ranks=_numbers("ranks", ranks, "4,8,16"),
-        blocks=block_counts,
-        multiples=_numbers("multiples", multiples, "2,4"),
-        inits=_words(init, "per-block"),
-        seeds=_numbers("seeds", seeds, "0,1,2,3,4"),
-        learning_rates=_rates("learning-rates", learning_rates, "3e-4,1e-3,3e-3"),
-        heal_learning_rates=_rates("heal-learning-rates", heal_learning_rates, "1e-4,3e-4,1e-3"),
-        target_modules=target_modules,
-        scaling=scaling,
-        steps=steps,
-        heal_steps=heal_steps or max(1, steps // 5),
-        batch_size=batch_size,
-        sequence_length=sequence_length,
-        validation_examples=validation_examples,
-        test_examples=test_examples,
-        calibration_tokens=calibration_tokens,
-        dtype=dtype or ("float32" if found == "cpu" else "bfloat16"),
-    )
+    # The options are the plan's fields.
+    given = {name: value for name, value in context.params.items() if name in Plan.model_fields and value not in _NONE}
+    fields = {name: split(value) if isinstance(value, (list, tuple)) else value for name, value in given.items()}
+    fields["heal_steps"] = heal_steps or max(1, steps // 5)
+    fields["dtype"] = dtype or ("float32" if found == "cpu" else "bfloat16")
+    plan = make_plan(model, data, fields)
     options = QualityOptions(
         plan=plan,
         model=model,
         data={path.stem: path for path in data},
         output=output,
         device=found,
-        command=shlex.join(["bdlora", *sys.argv[1:]]),
+        command=typed_command(),
         part=_part(part),
         speed=speed,
         gpu=gpu,
-        tp=tp or max(block_counts),
+        tp=tp or max(plan.blocks),
     )
     check_plan(plan, output, resume)
     _measure(options)
@@ -117,7 +103,7 @@ def quality(
 
 def _measure(options: "QualityOptions") -> None:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn
     from transformers.utils import logging
 
     from bdlora_perf.quality.report import make_report, samples_of
@@ -129,13 +115,9 @@ def _measure(options: "QualityOptions") -> None:
     logging.disable_progress_bar()  # one for each time that a model is loaded
     sweep = Sweep(options)
     options.plan.save(options.output)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with (
-        measured.kept_when_interrupted(),
-        Progress(
-            *columns, TimeRemainingColumn(), console=console, refresh_per_second=1, speed_estimate_period=600
-        ) as progress,
-    ):
+    columns = (SpinnerColumn(), *Progress.get_default_columns(), MofNCompleteColumn())
+    bar = Progress(*columns, console=console, refresh_per_second=1, speed_estimate_period=600)
+    with measured.kept_when_interrupted(), bar as progress:
         task = progress.add_task("preparing", total=sweep.num_runs)
         try:
             for run in sweep.runs():
@@ -146,24 +128,6 @@ def _measure(options: "QualityOptions") -> None:
         finally:
             measured.samples.extend(samples_of(sweep))
     finish(console, make_report(sweep, measured), options.output)
-
-
-def _words(texts: list[str] | None, default: str) -> tuple[str, ...]:
-    return tuple(word.strip() for text in texts or [default] for word in text.split(","))
-
-
-def _numbers(flag: str, texts: list[str] | None, default: str) -> tuple[int, ...]:
-    try:
-        return tuple(map(int, _words(texts, default)))
-    except ValueError:
-        raise BDLoRAError(f"--{flag}: found {','.join(texts or [])!r}, expected whole numbers") from None
-
-
-def _rates(flag: str, texts: list[str] | None, default: str) -> tuple[float, ...]:
-    try:
-        return tuple(map(float, _words(texts, default)))
-    except ValueError:
-        raise BDLoRAError(f"--{flag}: found {','.join(texts or [])!r}, expected numbers") from None
 
 
 def _part(text: str) -> tuple[int, int]:

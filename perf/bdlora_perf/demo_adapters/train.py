@@ -10,21 +10,17 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.console import Console
 
-from bdlora_perf.demo_adapters.chat import chat_answer, chat_prompt
 from bdlora_perf.demo_adapters.reviews import Review, read_reviews
-from bdlora_perf.demo_adapters.tasks import ADAPTERS, ADAPTERS_FOLDER, DemoAdapter
+from bdlora_perf.demo_adapters.tasks import ADAPTERS, ADAPTERS_FOLDER, DemoAdapter, chat_answer, chat_prompt
 from bdlora_perf.quality.init import initialise_like_lora
 from bdlora_perf.smollm2 import NAME, make_smollm2
 from bdlora_perf.synthetic.adapters import ALL_MODULES, lora_config, settle_config
 from bdlora_perf.synthetic.reference import PeftReference
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 # The upper half of the layers: nothing is sent back through the lower half, which saves a third of the time.
 _LAYERS = range(15, 30)
@@ -53,10 +49,14 @@ def train(adapter: DemoAdapter, model_folder: Path, folder: Path, settings: Sett
         The loss of each step before it, in nats a token of the answers.
     """
     import transformers
+    from peft import get_peft_model
 
     transformers.set_seed(settings.seed)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
-    model = _new_adapter(adapter, model_folder, settings.seed)
+    alpha, layers = 2 * adapter.rank, list(_LAYERS)
+    config = lora_config(adapter.rank, adapter.nblocks, ALL_MODULES, lora_alpha=alpha, layers_to_transform=layers)
+    base = transformers.AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    model = initialise_like_lora(get_peft_model(base, config), settings.seed)
     with TemporaryDirectory() as unused:
         arguments = transformers.TrainingArguments(
             output_dir=unused,
@@ -77,25 +77,10 @@ def train(adapter: DemoAdapter, model_folder: Path, folder: Path, settings: Sett
             data_collator=transformers.DataCollatorForSeq2Seq(tokenizer),
         )
         trainer.train()
-    for weight in model.parameters():
-        if weight.requires_grad:
-            weight.data = weight.data.half()
-    model.save_pretrained(str(folder))
+    model.half().save_pretrained(str(folder))
     settle_config(folder / "adapter_config.json", NAME)
     (folder / "README.md").unlink()  # PEFT's form of a model card, empty
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def _new_adapter(adapter: DemoAdapter, model_folder: Path, seed: int) -> "PeftModel":
-    from peft import get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    layers = list(_LAYERS)
-    config = lora_config(
-        adapter.rank, adapter.nblocks, ALL_MODULES, lora_alpha=2 * adapter.rank, layers_to_transform=layers
-    )
-    base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
-    return initialise_like_lora(get_peft_model(base, config), seed)
 
 
 def _example(tokenizer: Any, review: Review, task: str) -> dict[str, list[int]]:
@@ -114,11 +99,8 @@ def accuracy(model_folder: Path, adapter: Path, task: str, reviews: Sequence[Rev
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     reference = PeftReference(model_folder)
-    right = 0
-    for review in reviews:
-        prompt, answer = chat_prompt(tokenizer, review.text), chat_answer(tokenizer, review.answers[task])
-        right += reference.is_greedy(prompt, adapter, answer)
-    return right / len(reviews)
+    asked = [(chat_prompt(tokenizer, r.text), chat_answer(tokenizer, r.answers[task])) for r in reviews]
+    return sum(reference.is_greedy(prompt, adapter, answer) for prompt, answer in asked) / len(asked)
 
 
 def draw_losses(folder: Path) -> None:

@@ -1,13 +1,14 @@
 """Tasks: text files and prompts with completions, as token ids in batches."""
 
-import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
+from torch.nn.utils.rnn import pad_sequence
 
 from bdlora_sglang.errors import BDLoRAError
 
@@ -18,8 +19,6 @@ _POOL = 8
 
 
 class _Line(BaseModel):
-    model_config = ConfigDict(extra="ignore")
-
     prompt: str
     completion: str
 
@@ -52,18 +51,6 @@ class Task:
     test: tuple[Example, ...]
 
 
-def task_name(path: Path) -> str:
-    return path.stem
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file; raises `BDLoRAError` where it cannot be read."""
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise BDLoRAError(f"--data {path}: found {error.strerror}, expected a .jsonl or a text file") from error
-
-
 def load_task(path: Path, tokenizer: Any, sequence_length: int, held_out: tuple[int, int]) -> Task:
     """Read ``*.jsonl`` with the fields ``prompt`` and ``completion``, or any other file as plain text.
 
@@ -76,8 +63,18 @@ def load_task(path: Path, tokenizer: Any, sequence_length: int, held_out: tuple[
         BDLoRAError: the file cannot be read, a line is not of that form, an example is longer than a sequence, or too
             few are left to train on.
     """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BDLoRAError(f"--data {path}: found {error}, expected a .jsonl or a text file in UTF-8") from error
     exact = path.suffix == ".jsonl"
-    examples = list(_pairs(path, tokenizer, sequence_length) if exact else _pieces(path, tokenizer, sequence_length))
+    if exact:
+        lines = enumerate(text.splitlines(), 1)
+        examples = [_pair(f"--data {path}: line {number}", line, tokenizer, sequence_length) for number, line in lines]
+    else:
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        starts = range(0, len(ids) - sequence_length + 1, sequence_length)
+        examples = [Example(tuple(ids[start : start + sequence_length]), 1) for start in starts]
     validation, test = held_out
     if len(examples) <= validation + test:
         raise BDLoRAError(
@@ -86,53 +83,36 @@ def load_task(path: Path, tokenizer: Any, sequence_length: int, held_out: tuple[
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(_SPLIT_SEED)).tolist()
     shuffled = tuple(examples[i] for i in order)
     first, second = validation, validation + test
-    return Task(task_name(path), exact, shuffled[second:], shuffled[:first], shuffled[first:second])
+    return Task(path.stem, exact, shuffled[second:], shuffled[:first], shuffled[first:second])
 
 
-def _read(path: Path) -> str:
+def _pair(where: str, line: str, tokenizer: Any, sequence_length: int) -> Example:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BDLoRAError(f"--data {path}: found {error}, expected a .jsonl or a text file in UTF-8") from error
-
-
-def _pairs(path: Path, tokenizer: Any, sequence_length: int) -> Iterator[Example]:
-    for number, line in enumerate(_read(path).splitlines(), 1):
-        try:
-            pair = _Line.model_validate_json(line)
-        except ValidationError as error:
-            raise BDLoRAError(
-                f"--data {path}: line {number}: found {line[:60]!r}, expected an object with the texts prompt and "
-                "completion"
-            ) from error
-        prompt = tokenizer(pair.prompt)["input_ids"]
-        completion = tokenizer(pair.completion, add_special_tokens=False)["input_ids"]
-        ids = (*prompt, *completion, tokenizer.eos_token_id)
-        if not prompt or len(ids) > sequence_length:
-            raise BDLoRAError(
-                f"--data {path}: line {number}: found a prompt of {len(prompt)} and {len(ids)} tokens in all, expected "
-                f"a prompt and at most --sequence-length {sequence_length}"
-            )
-        yield Example(ids, len(prompt))
-
-
-def _pieces(path: Path, tokenizer: Any, sequence_length: int) -> Iterator[Example]:
-    ids = tokenizer(_read(path), add_special_tokens=False, verbose=False)["input_ids"]
-    for start in range(0, len(ids) - sequence_length + 1, sequence_length):
-        yield Example(tuple(ids[start : start + sequence_length]), 1)
+        pair = _Line.model_validate_json(line)
+    except ValidationError as error:
+        found = f"found {line[:60]!r}, expected an object with the texts prompt and completion"
+        raise BDLoRAError(f"{where}: {found}") from error
+    prompt = tokenizer(pair.prompt)["input_ids"]
+    ids = (*prompt, *tokenizer(pair.completion, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)
+    if not prompt or len(ids) > sequence_length:
+        raise BDLoRAError(
+            f"{where}: found a prompt of {len(prompt)} and {len(ids)} tokens in all, expected a prompt and at most "
+            f"--sequence-length {sequence_length}"
+        )
+    return Example(ids, len(prompt))
 
 
 def make_batch(examples: Sequence[Example], padding: int, device: torch.device) -> Batch:
     """Pad to the longest example."""
-    longest = max(len(example.ids) for example in examples)
-    ids = torch.full((len(examples), longest), padding)
-    mask = torch.zeros_like(ids)
-    labels = torch.full_like(ids, IGNORED)
-    for i, example in enumerate(examples):
-        row = torch.tensor(example.ids)
-        ids[i, : len(row)], mask[i, : len(row)] = row, 1
-        labels[i, example.start : len(row)] = row[example.start :]
-    return Batch(ids.to(device), mask.to(device), labels.to(device))
+
+    def padded(rows: Iterable[Sequence[int]], value: int) -> torch.Tensor:
+        return pad_sequence([*map(torch.tensor, rows)], batch_first=True, padding_value=value).to(device)
+
+    return Batch(
+        padded((example.ids for example in examples), padding),
+        padded(([1] * len(example.ids) for example in examples), 0),
+        padded(((IGNORED,) * example.start + example.ids[example.start :] for example in examples), IGNORED),
+    )
 
 
 def training_batches(examples: Sequence[Example], size: int, seed: int) -> Iterator[list[Example]]:
@@ -155,10 +135,6 @@ def training_batches(examples: Sequence[Example], size: int, seed: int) -> Itera
 
 def calibration_text(task: Task, tokenizer: Any, tokens: int) -> str:
     """The first training examples as text, of about ``tokens`` tokens."""
-    texts, found = [], 0
-    for example in task.train:
-        if found >= tokens:
-            break
-        texts.append(tokenizer.decode(example.ids, skip_special_tokens=True))
-        found += len(example.ids)
-    return "\n".join(texts) + "\n"
+    starts = accumulate((len(example.ids) for example in task.train), initial=0)
+    chosen = (example.ids for start, example in zip(starts, task.train, strict=False) if start < tokens)
+    return "\n".join(tokenizer.decode(ids, skip_special_tokens=True) for ids in chosen) + "\n"

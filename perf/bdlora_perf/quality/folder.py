@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -80,10 +81,7 @@ class RunFolder:
     """Finished runs are never done again. Files appear whole: a run that was broken off is as if never begun."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._runs = folder / "runs"
-        self._adapters = folder / "adapters"
-        self.texts = folder / "calibration"
+        self._runs, self._adapters, self.texts = (folder / name for name in ("runs", "adapters", "calibration"))
         try:
             for path in (self._runs, self._adapters, self.texts):
                 path.mkdir(parents=True, exist_ok=True)
@@ -111,11 +109,10 @@ class RunFolder:
     def save_adapter(self, model: "PeftModel", run: Trial) -> None:
         """Before its result is written: a finished LoRA has its adapter."""
         folder = self._adapters / run.name
-        partial = folder.with_name(f".{folder.name}")
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(folder, ignore_errors=True)
-        model.save_pretrained(str(partial))
-        partial.rename(folder)
+        with TemporaryDirectory(prefix=".", dir=self._adapters) as partial:
+            model.save_pretrained(f"{partial}/adapter")
+            shutil.rmtree(folder, ignore_errors=True)
+            Path(partial, "adapter").rename(folder)
 
     def adapter(self, run: Trial) -> Path:
         """Raises `BDLoRAError` where the folder came without its adapters."""

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 
-from bdlora_perf.quality.folder import RunResult
+from bdlora_perf.quality.folder import RunResult, Trial
 from bdlora_perf.quality.speed import estimated_speeds, measured_speeds
 from bdlora_perf.quality.sweep import Sweep, cell_of
 from bdlora_perf.quality.systems import AdapterShape, System
@@ -40,15 +40,14 @@ _PEFT = (
 
 def make_report(sweep: Sweep, measured: Run) -> Report:
     """Of ``measured``, with what it means; `samples_of` says what that is."""
-    plan = sweep.plan
-    speed_note = _speeds(sweep)[1]
-    expected = sum(len(system.shapes) for system in sweep.systems) * len(sweep.tasks) * len(plan.seeds)
-    broken_off = [*measured.broken_off(expected), _GO_ON] if measured.interrupted else []
-    notes = [*broken_off, _ACCURACY, *_base_notes(sweep), speed_note, _PAPER, _PEFT]
-    if not measured.interrupted and len(measured.samples) < expected:
-        notes.insert(0, f"{len(measured.samples)} of {expected} figures are finished; the others are missing here.")
-    metrics = METRICS if sweep.options.speed else {**METRICS, **_ESTIMATED}
+    found, expected = len(measured.samples), len(sweep.tasks) * len(sweep.plan.seeds)
+    expected *= sum(len(system.shapes) for system in sweep.systems)
+    unfinished = [*measured.broken_off(expected), _GO_ON] if measured.interrupted else []
+    if not unfinished and found < expected:
+        unfinished = [f"{found} of {expected} figures are finished; the others are missing here."]
+    _, speed_note = _speeds(sweep)
     present = {name for sample in measured.samples for name in sample.metrics}
+    metrics = METRICS if sweep.options.speed else {**METRICS, **_ESTIMATED}
     return Report(
         kind="quality",
         title="Quality at equal parameters",
@@ -59,67 +58,56 @@ def make_report(sweep: Sweep, measured: Run) -> Report:
         metrics={name: metric for name, metric in metrics.items() if name in present},
         baselines=("lora",),
         samples=tuple(measured.samples),
-        notes=tuple(notes),
+        notes=(*unfinished, _ACCURACY, _base_note(sweep), speed_note, _PAPER, _PEFT),
         **measured.head(),
     )
 
 
 def samples_of(sweep: Sweep) -> list[Sample]:
     """Everything that is finished in the folder, whichever part or machine did it."""
-    speeds = _speeds(sweep)[0]
-    return [
-        sample
+    speeds, _ = _speeds(sweep)
+    runs = (
+        (system.name, task, r, seed, sweep.chosen_run(cell_of(system, task, r), seed))
         for system in sweep.systems
         for task in sweep.tasks
         for r in system.shapes
         for seed in sweep.plan.seeds
-        if (sample := _sample(sweep, system, task, r, seed, speeds)) is not None
+    )
+    return [
+        Sample(system=system, point={"task": task, "r": r}, round=seed, metrics=_metrics(run, result, speeds))
+        for system, task, r, seed, run in runs
+        if run is not None and (result := sweep.folder.read(run.name)) is not None
     ]
 
 
-def _sample(
-    sweep: Sweep, system: System, task: str, r: int, seed: int, speeds: Mapping[AdapterShape, float]
-) -> Sample | None:
-    run = sweep.chosen_run(cell_of(system, task, r), seed)
-    result = None if run is None else sweep.folder.read(run.name)
-    if run is None or result is None:
-        return None
-    metrics = {
-        "loss": result.loss,
+def _metrics(run: Trial, result: RunResult, speeds: Mapping[AdapterShape, float]) -> dict[str, float]:
+    figures = {
+        **result.model_dump(),
         "perplexity": math.exp(result.loss),
-        "accuracy": result.accuracy,
-        "token_accuracy": result.token_accuracy,
-        "parameters": float(result.parameters),
+        "output_throughput": speeds.get(run.cell.shape),
+        "learning_rate": run.learning_rate or None,
     }
-    if run.cell.shape in speeds:
-        metrics["output_throughput"] = speeds[run.cell.shape]
-    if result.delta_error is not None:
-        metrics["delta_error"] = result.delta_error
-    if run.learning_rate:
-        metrics["learning_rate"] = run.learning_rate
-    return Sample(system=system.name, point={"task": task, "r": r}, round=seed, metrics=metrics)
+    return {name: float(figures[name]) for name in METRICS if figures[name] is not None}
 
 
 def _speeds(sweep: Sweep) -> tuple[Mapping[AdapterShape, float], str]:
     options = sweep.options
     if options.speed is not None:
-        return measured_speeds(
-            options.speed
-        ), f"Throughput: measured, from the report of perf serve in {options.speed}."
+        note = f"Throughput: measured, from the report of perf serve in {options.speed}."
+        return measured_speeds(options.speed), note
     if sweep.plan.target_modules != "all":
         return {}, "Throughput: none, it is estimated for adapters on all modules alone."
     shapes = {shape for system in sweep.systems for shape in system.shapes.values()}
-    speeds = estimated_speeds(str(options.model), shapes, options.gpu, options.tp)
-    return speeds, (
+    return estimated_speeds(str(options.model), shapes, options.gpu, options.tp), (
         f"Throughput: estimated, not measured, for this model in bfloat16 on {options.tp} x {options.gpu} by bdlora "
         "perf estimate; LoRA is fully sharded."
     )
 
 
-def _base_notes(sweep: Sweep) -> list[str]:
-    results: dict[str, RunResult] = {name: sweep.base_result(task) for name, task in sweep.tasks.items()}
+def _base_note(sweep: Sweep) -> str:
+    results = {name: sweep.base_result(task) for name, task in sweep.tasks.items()}
     words = (f"{name} {result.loss:.4f} ({result.accuracy:.3f})" for name, result in results.items())
-    return [f"The base model without an adapter, held-out loss (accuracy): {', '.join(words)}."]
+    return f"The base model without an adapter, held-out loss (accuracy): {', '.join(words)}."
 
 
 def _details(sweep: Sweep, system: System) -> dict[str, Value]:
@@ -127,10 +115,8 @@ def _details(sweep: Sweep, system: System) -> dict[str, Value]:
     if system.method == "bd":
         details["initial values"] = system.init
     for r, shape in system.shapes.items():
-        plain = AdapterShape(r).parameters(sweep.modules)
-        own = shape.parameters(sweep.modules)
-        details[f"r={r}: rank"] = shape.rank
-        details[f"r={r}: parameters over LoRA's"] = round(own / plain, 3)
+        ratio = shape.parameters(sweep.modules) / AdapterShape(r).parameters(sweep.modules)
+        details |= {f"r={r}: rank": shape.rank, f"r={r}: parameters over LoRA's": round(ratio, 3)}
     return details
 
 

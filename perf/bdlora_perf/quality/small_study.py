@@ -1,19 +1,17 @@
-"""A study's own base model, and tasks for it: ``python -m bdlora_perf.quality.small_study FOLDER``.
+"""A study's own base model, and tasks for it: ``python -m bdlora_perf.quality.small_study FOLDER``."""
 
-The model is a Llama of 1.4 million parameters with a tokenizer of its own, trained from nothing on the docstrings of
-the standard library. Another version of Python has other docstrings, and so gives another model.
-"""
-
-import argparse
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
+import typer
 
 from bdlora_perf.quality.data import Example, make_batch, training_batches
-from bdlora_perf.quality.stdlib_tasks import Library, write_tasks
+from bdlora_perf.quality.stdlib_tasks import Library, standard_library, write_tasks
 from bdlora_perf.quality.train import descend
+from bdlora_perf.synthetic.tokenizer import train_tokenizer
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -34,32 +32,23 @@ _EOS = "<|end|>"
 _SEQUENCE, _BATCH, _LEARNING_RATE = 64, 32, 3e-3
 
 
-def make_study(folder: Path, steps: int, seed: int) -> None:
-    """Write ``model/`` and ``tasks/`` into ``folder``."""
-    library = Library.standard()
-    docstrings = library.docstrings()
-    tokenizer = _train_tokenizer("\n\n".join(docstrings))
+def make_study(
+    folder: Annotated[Path, typer.Argument(help="Where model/ and tasks/ go.")],
+    steps: Annotated[int, typer.Option(help="Of the training from nothing.")] = 1500,
+    seed: int = 0,
+) -> None:
+    """Write a study's own base model, and tasks for it.
+
+    The model is a Llama of 1.4 million parameters with a tokenizer of its own, trained from nothing on the docstrings
+    of the standard library. Another version of Python has other docstrings, and so gives another model.
+    """
+    library = Library.read(standard_library())
+    lines = "\n\n".join(library.docstrings).splitlines(keepends=True)
+    tokenizer = train_tokenizer(lines, VOCABULARY, [_EOS], eos_token=_EOS, pad_token=_EOS)
     write_tasks(folder / "tasks", library, tokenizer, seed)
-    model = _pretrain(tokenizer, docstrings, steps, seed)
+    model = _pretrain(tokenizer, library.docstrings, steps, seed)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-
-
-def _train_tokenizer(text: str) -> "PreTrainedTokenizerFast":
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(  # type: ignore[no-untyped-call]
-        vocab_size=VOCABULARY,
-        special_tokens=[_EOS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(text.splitlines(keepends=True), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=_EOS, pad_token=_EOS)
 
 
 def _pretrain(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str], steps: int, seed: int) -> "LlamaForCausalLM":
@@ -75,18 +64,13 @@ def _pretrain(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str], steps:
     print(f"{len(ids):,} tokens, {model.num_parameters():,} parameters", flush=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=steps + 1, pct_start=0.1)
-    device = torch.device("cpu")
-    batches = (make_batch(examples, end, device) for examples in training_batches(pieces, _BATCH, seed))
-    for step, loss in enumerate(descend(model, batches, steps, optimizer, schedule), 1):
+    chosen = islice(training_batches(pieces, _BATCH, seed), steps)
+    batches = (make_batch(examples, end, torch.device("cpu")) for examples in chosen)
+    for step, loss in enumerate(descend(model, batches, schedule), 1):
         if step % 50 == 0:
             print(f"step {step}: loss {loss.item():.3f}", flush=True)
     return model
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where model/ and tasks/ go")
-    parser.add_argument("--steps", type=int, default=1500, help="of the training from nothing")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    make_study(arguments.folder, arguments.steps, arguments.seed)
+    typer.run(make_study)

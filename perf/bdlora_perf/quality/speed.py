@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 
 from bdlora_perf.estimate.hardware import find_gpu
-from bdlora_perf.estimate.lora_cost import bd_lora, s_lora
 from bdlora_perf.estimate.model_shape import load_shape
 from bdlora_perf.estimate.roofline import Deployment
 from bdlora_perf.estimate.traffic import Traffic
@@ -31,8 +30,8 @@ def measured_speeds(path: Path) -> Mapping[AdapterShape, float]:
         raise BDLoRAError(f"--speed {path}: found a report of perf {report.kind}, expected one of perf serve")
     rows = Results(report).rows(_METRIC)
     speeds: dict[AdapterShape, float] = {}
-    for name in (*_PLAIN, *(name for name in report.systems if name not in _PLAIN)):
-        details = report.systems[name].details if name in report.systems else {}
+    for name in sorted(report.systems, key=lambda name: (*_PLAIN, name).index(name)):
+        details = report.systems[name].details
         for r in (key.removesuffix(": rank") for key in details if key.endswith(": rank")):
             rank, nblocks = details[f"{r}: rank"], details.get(f"{r}: blocks")
             own = rows[rows.system == name]
@@ -52,12 +51,9 @@ def estimated_speeds(model: str, shapes: set[AdapterShape], gpu: str, tp: int) -
     Raises:
         BDLoRAError: the GPU is unknown, or the model cannot be cut for this TP degree.
     """
-    deployment = Deployment(load_shape(model), find_gpu(gpu), tp)
-    traffic = Traffic()
+    deployment, traffic = Deployment(load_shape(model), find_gpu(gpu), tp), Traffic()
     return {
-        shape: deployment.requests(
-            s_lora(shape.rank) if shape.nblocks == 1 else bd_lora(shape.rank, shape.nblocks), traffic
-        ).output_throughput
+        shape: deployment.requests(shape.serving, traffic).output_throughput
         for shape in sorted(shapes)
         if not shape.nblocks % tp or not tp % shape.nblocks
     }

@@ -1,41 +1,28 @@
 """The runs of a plan: in rounds by seed, so that whatever is finished makes a report."""
 
-import math
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
-from bdlora_perf.quality.data import Example, Task, calibration_text, load_task
+from bdlora_perf.quality.data import Task, calibration_text, load_task
 from bdlora_perf.quality.folder import Cell, RunFolder, RunResult, Trial
 from bdlora_perf.quality.plan import QualityOptions
 from bdlora_perf.quality.systems import AdapterShape, System, make_systems, target_modules
-from bdlora_perf.quality.train import Trainer, count_parameters
+from bdlora_perf.quality.train import Trainer
 from bdlora_perf.report.schema import write_atomically
 from bdlora_sglang.convert import Calibration, ConvertOptions, RankChoice, lora2bd
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-# JSON has no infinity. Training that diverged is worse than a uniform guess over any vocabulary.
-_DIVERGED = 100.0
 _UNTRAINED = ("truncated", "calibrated")
 
 
 def cell_of(system: System, task: str, r: int) -> Cell:
     source = 0 if system.method in ("lora", "bd") else r
     return Cell(task, system.method, system.shapes[r], system.init, source)
-
-
-def cells_by_rank(systems: list[System], task: str, ranks: tuple[int, ...]) -> Iterator[list[Cell]]:
-    """Groups of cells that need no other group: LoRA of one rank comes first, what is converted from it after it."""
-    seen: set[Cell] = set()
-    for r in ranks:
-        cells = [cell_of(system, task, r) for system in systems if r in system.shapes]
-        new = [cell for cell in dict.fromkeys(cells) if cell not in seen]
-        seen.update(new)
-        yield new
 
 
 class Sweep:
@@ -45,9 +32,7 @@ class Sweep:
         """Loads the model and the tasks; raises `BDLoRAError` for what does not fit together."""
         plan = options.plan
         self.options, self.plan = options, plan
-        self.trainer = Trainer.load(
-            options.model, options.device, plan.dtype, plan.target_modules, plan.scaling, plan.batch_size
-        )
+        self.trainer = Trainer.load(options)
         self.modules = target_modules(self.trainer.base, plan.target_modules)
         self.systems = make_systems(self.modules, plan.methods, plan.ranks, plan.blocks, plan.multiples, plan.inits)
         held_out = plan.validation_examples, plan.test_examples
@@ -58,22 +43,27 @@ class Sweep:
         self.folder = RunFolder(options.output)
 
     @property
-    def groups(self) -> list[list[Cell]]:
-        """Those of this part."""
-        groups = [group for task in self.tasks for group in cells_by_rank(self.systems, task, self.plan.ranks)]
+    def cells(self) -> list[Cell]:
+        """Those of this part. LoRA of one rank comes before what is converted from it, and in the same part."""
+        seen: set[Cell] = set()
+        groups: list[list[Cell]] = []
+        for task in self.tasks:
+            for r in self.plan.ranks:
+                cells = dict.fromkeys(cell_of(system, task, r) for system in self.systems if r in system.shapes)
+                groups.append([cell for cell in cells if cell not in seen])
+                seen.update(cells)
         k, n = self.options.part
-        return groups[k - 1 :: n]
+        return [cell for group in groups[k - 1 :: n] for cell in group]
 
     @property
     def num_runs(self) -> int:
         """Of this part."""
-        first = sum(len(self._first_runs(cell)) for group in self.groups for cell in group)
-        return first + (len(self.plan.seeds) - 1) * sum(map(len, self.groups))
+        return sum(len(self._rates(cell)) + len(self.plan.seeds) - 1 for cell in self.cells)
 
     def runs(self) -> Iterator[Trial]:
         """Those of this part in their order; the later ones are known when those before are finished (`finish`)."""
         for seed in self.plan.seeds:
-            for cell in (cell for group in self.groups for cell in group):
+            for cell in self.cells:
                 if seed == self.plan.seeds[0]:
                     yield from self._first_runs(cell)
                 elif run := self.chosen_run(cell, seed):
@@ -84,98 +74,76 @@ class Sweep:
 
     def finish(self, run: Trial) -> None:
         """Train or convert, evaluate, and write the result."""
-        self.folder.write(self._convert(run) if run.cell.source else self._train(run))
+        cell, task, trainer = run.cell, self.tasks[run.cell.task], self.trainer
+        if cell.source:
+            model, error = self._converted(run)
+        else:
+            model, error = trainer.new_adapter(cell.shape, run.seed, cell.init), None
+        losses: list[float] = []
+        if cell.method not in _UNTRAINED:
+            steps = self.plan.heal_steps if cell.method == "healed" else self.plan.steps
+            losses = trainer.train(model, task.train, steps, run.learning_rate, run.seed)
+        if cell.method == "lora":
+            self.folder.save_adapter(model, run)
+        self.folder.write(self._result(run.name, model, task, losses, error))
 
     def base_result(self, task: Task) -> RunResult:
         """The base model's figures, worked out once."""
-        name = f"{task.name}-base"
-        result = self.folder.read(name)
+        result = self.folder.read(f"{task.name}-base")
         if result is None:
-            validation, test = (self.trainer.evaluate(self.trainer.base, task, part) for part in _held_out(task))
-            result = RunResult(name=name, parameters=0, validation_loss=validation.loss, **asdict(test))
+            result = self._result(f"{task.name}-base", self.trainer.base, task)
             self.folder.write(result)
         return result
 
     def chosen_run(self, cell: Cell, seed: int) -> Trial | None:
         """With the learning rate that was best on the validation split for the first seed; None while that is open."""
-        if cell.method in _UNTRAINED:
-            return Trial(cell, seed, 0.0)
         rates = self._rates(cell)
         if len(rates) == 1:
             return Trial(cell, seed, rates[0])
-        first = self.plan.seeds[0]
-        losses: dict[float, float] = {}
-        for rate in rates:
-            result = self.folder.read(Trial(cell, first, rate).name)
-            if result is None:
-                return None
-            losses[rate] = result.validation_loss
-        return Trial(cell, seed, min(losses, key=lambda rate: (losses[rate], rate)))
+        results = [self.folder.read(run.name) for run in self._first_runs(cell)]
+        losses = [result.validation_loss for result in results if result is not None]
+        if len(losses) < len(rates):
+            return None
+        _, best = min(zip(losses, rates, strict=True))
+        return Trial(cell, seed, best)
 
     def _rates(self, cell: Cell) -> tuple[float, ...]:
+        if cell.method in _UNTRAINED:
+            return (0.0,)
         return self.plan.heal_learning_rates if cell.method == "healed" else self.plan.learning_rates
 
     def _first_runs(self, cell: Cell) -> list[Trial]:
         """Those of the first seed: every learning rate."""
-        rates = (0.0,) if cell.method in _UNTRAINED else self._rates(cell)
-        return [Trial(cell, self.plan.seeds[0], rate) for rate in rates]
+        return [Trial(cell, self.plan.seeds[0], rate) for rate in self._rates(cell)]
 
-    def _train(self, run: Trial) -> RunResult:
-        task = self.tasks[run.cell.task]
-        model = self.trainer.new_adapter(run.cell.shape, run.seed, run.cell.init)
-        losses = self.trainer.train(model, task.train, self.plan.steps, run.learning_rate, run.seed)
-        if run.cell.method == "lora":
-            self.folder.save_adapter(model, run)
-        return self._result(run, model, losses)
-
-    def _convert(self, run: Trial) -> RunResult:
+    def _converted(self, run: Trial) -> "tuple[PeftModel, float | None]":
+        """What becomes of the trained LoRA, and the error of its delta."""
         cell, task = run.cell, self.tasks[run.cell.task]
         lora = self.chosen_run(Cell(cell.task, "lora", AdapterShape(cell.source), cell.init), run.seed)
         assert lora is not None, "LoRA comes first in its group"
         calibration = None
         if cell.method != "truncated":
             tokens, length = self.plan.calibration_tokens, self.plan.sequence_length
-            calibration = Calibration(str(self._text(task)), str(self.options.model), None, tokens, length)
-        options = ConvertOptions(
-            cell.shape.nblocks, RankChoice(rank=cell.shape.rank), calibration=calibration, device=self.options.device
-        )
-        with tempfile.TemporaryDirectory() as temporary:
+            text = self.folder.texts / f"{task.name}.txt"
+            write_atomically(text, calibration_text(task, self.trainer.tokenizer, tokens))
+            calibration = Calibration(str(text), str(self.options.model), None, tokens, length)
+        choice, device = RankChoice(rank=cell.shape.rank), self.options.device
+        options = ConvertOptions(cell.shape.nblocks, choice, calibration=calibration, device=device)
+        with TemporaryDirectory() as temporary:
             converted = Path(temporary) / "adapter"
             report = lora2bd(self.folder.adapter(lora), converted, options)
-            model = self.trainer.read_adapter(converted, trainable=True)
-        losses: list[float] = []
-        if cell.method == "healed":
-            losses = self.trainer.train(model, task.train, self.plan.heal_steps, run.learning_rate, run.seed)
-        return self._result(run, model, losses, report.error)
+            return self.trainer.read_adapter(converted), report.error
 
     def _result(
-        self, run: Trial, model: "PeftModel", losses: list[float], delta_error: float | None = None
+        self, name: str, model: Any, task: Task, losses: Sequence[float] = (), delta_error: float | None = None
     ) -> RunResult:
-        task = self.tasks[run.cell.task]
-        validation, test = (self.trainer.evaluate(model, task, part) for part in _held_out(task))
-        ends = [_finite(losses[i]) if losses else None for i in (0, -1)]
+        validation, test = (self.trainer.evaluate(model, task, examples) for examples in (task.validation, task.test))
         return RunResult(
-            name=run.name,
-            parameters=count_parameters(model),
-            first_loss=ends[0],
-            last_loss=ends[1],
-            validation_loss=_finite(validation.loss),
-            loss=_finite(test.loss),
-            accuracy=test.accuracy,
-            token_accuracy=test.token_accuracy,
+            name=name,
+            parameters=sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
+            first_loss=losses[0] if losses else None,
+            last_loss=losses[-1] if losses else None,
+            validation_loss=validation.loss,
+            **asdict(test),
             delta_error=delta_error,
         )
-
-    def _text(self, task: Task) -> Path:
-        path = self.folder.texts / f"{task.name}.txt"
-        text = calibration_text(task, self.trainer.tokenizer, self.plan.calibration_tokens)
-        write_atomically(path, text)
-        return path
-
-
-def _held_out(task: Task) -> tuple[Sequence[Example], Sequence[Example]]:
-    return task.validation, task.test
-
-
-def _finite(loss: float) -> float:
-    return loss if math.isfinite(loss) else _DIVERGED

@@ -1,11 +1,14 @@
 """The contenders: LoRA, BD-LoRA of a rank that follows from LoRA's, and conversions of the trained LoRA."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Literal, get_args
 
 import torch
 
+from bdlora_perf.estimate.lora_cost import Serving, bd_lora, s_lora
+from bdlora_perf.estimate.model_shape import Linear
 from bdlora_perf.quality.init import Init
 from bdlora_perf.synthetic.adapters import ALL_MODULES, ATTENTION_MODULES
 from bdlora_sglang.convert.sides import TPSide, known_side
@@ -19,29 +22,19 @@ TARGETS = {"attention": ATTENTION_MODULES, "all": ALL_MODULES}
 _EQUAL = (0.8, 1.25)
 
 
-@dataclass(frozen=True)
-class TargetModule:
-    """A linear module that gets LoRA; ``side`` says which factor BD-LoRA makes block-diagonal."""
-
-    name: str
-    side: TPSide
-    inputs: int
-    outputs: int
-
-
-def target_modules(model: torch.nn.Module, target: str) -> list[TargetModule]:
-    """The modules of ``model`` that ``--target-modules`` means.
+def target_modules(model: torch.nn.Module, target: str) -> dict[str, Linear]:
+    """The modules of ``model`` that ``--target-modules`` means, by name.
 
     Raises:
-        BDLoRAError: it is neither attention nor all, or the model has none of these modules.
+        BDLoRAError: the model has none of them.
     """
-    if target not in TARGETS:
-        raise BDLoRAError(f"--target-modules: found {target!r}, expected {' or '.join(TARGETS)}")
-    found = []
-    for name, module in model.named_modules():
-        side = known_side(name) if name.rpartition(".")[2] in TARGETS[target] else None
-        if isinstance(module, torch.nn.Linear) and side is not None:
-            found.append(TargetModule(name, side, module.in_features, module.out_features))
+    found = {
+        name: Linear(side, module.in_features, module.out_features, shard=1)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and name.rpartition(".")[2] in TARGETS[target]
+        and (side := known_side(name)) is not None
+    }
     if not found:
         raise BDLoRAError(f"--target-modules {target}: found no such module in the model, expected Llama's names")
     return found
@@ -54,34 +47,30 @@ class AdapterShape:
     rank: int
     nblocks: int = 1
 
-    def parameters(self, modules: Iterable[TargetModule]) -> int:
+    @property
+    def serving(self) -> Serving:
+        """As ``bdlora perf estimate`` has it; plain LoRA is what the paper compares with, fully sharded."""
+        return s_lora(self.rank) if self.nblocks == 1 else bd_lora(self.rank, self.nblocks)
+
+    def parameters(self, modules: Mapping[str, Linear]) -> int:
         """Elements of both factors, as PEFT stores them."""
-        per_block = self.rank // self.nblocks
-        return sum(
-            self.rank * dense + per_block * blocked
-            for dense, blocked in (
-                (m.inputs, m.outputs) if m.side is TPSide.COLUMN else (m.outputs, m.inputs) for m in modules
-            )
-        )
+        factors = (self.serving.local_factors(module, tp=1) for module in modules.values())
+        return int(sum(factor.a + factor.b for factor in factors))
 
 
-def matched_shape(modules: Sequence[TargetModule], rank: int, nblocks: int) -> AdapterShape | None:
+def matched_shape(modules: Mapping[str, Linear], rank: int, nblocks: int) -> AdapterShape | None:
     """BD-LoRA whose parameters are closest to those of plain LoRA of ``rank``; None where none is close."""
-    plain = AdapterShape(rank).parameters(modules)
-    smallest = AdapterShape(nblocks, nblocks).parameters(modules)
-    shape = AdapterShape(max(1, round(plain / smallest)) * nblocks, nblocks)
-    return shape if _equal(shape.parameters(modules), plain) else None
+    return _closest(nblocks, AdapterShape(rank).parameters(modules), lambda shape: shape.parameters(modules))
 
 
-def closest_shape(rank: int, nblocks: int) -> AdapterShape | None:
-    """BD-LoRA of the multiple of ``nblocks`` that is closest to ``rank``; None where none is close."""
-    shape = AdapterShape(max(1, round(rank / nblocks)) * nblocks, nblocks)
-    return shape if _equal(shape.rank, rank) else None
-
-
-def _equal(size: int, other: int) -> bool:
+def _closest(nblocks: int, wanted: int, size: Callable[[AdapterShape], int]) -> AdapterShape | None:
+    """BD-LoRA of the multiple of ``nblocks`` whose size is closest to ``wanted``; None where none is close."""
+    shape = AdapterShape(max(1, round(wanted / size(AdapterShape(nblocks, nblocks)))) * nblocks, nblocks)
     low, high = _EQUAL
-    return low <= size / other <= high
+    return shape if low <= size(shape) / wanted <= high else None
+
+
+Shapes = dict[int, AdapterShape]
 
 
 @dataclass(frozen=True)
@@ -96,13 +85,12 @@ class System:
     kind: str
     family: str
     method: Method
-    nblocks: int
     init: Init
-    shapes: dict[int, AdapterShape]
+    shapes: Shapes
 
 
 def make_systems(
-    modules: Sequence[TargetModule],
+    modules: Mapping[str, Linear],
     methods: Sequence[Method],
     ranks: Sequence[int],
     blocks: Sequence[int],
@@ -118,57 +106,36 @@ def make_systems(
     Raises:
         BDLoRAError: a module's blocked features cannot be cut in so many blocks.
     """
-    systems = [System("lora", "LoRA", "LoRA", "LoRA", "lora", 1, inits[0], {r: AdapterShape(r) for r in ranks})]
+    systems = [System("lora", "LoRA", "LoRA", "LoRA", "lora", inits[0], {r: AdapterShape(r) for r in ranks})]
     for nblocks in blocks:
-        _check_blocks(modules, nblocks)
-        matched = {r: shape for r in ranks if (shape := matched_shape(modules, r, nblocks)) is not None}
+        for name, module in modules.items():
+            size = module.outputs if module.side is TPSide.COLUMN else module.inputs
+            if size % nblocks:
+                raise BDLoRAError(f"--blocks {nblocks}: found {size} features in {name}, expected a multiple")
+        matched = {r: shape for r in ranks if (shape := matched_shape(modules, r, nblocks))}
         if "bd" in methods:
-            systems += _trained(ranks, nblocks, multiples, inits, matched)
-        for method in CONVERSIONS:
-            if method in methods:
-                family = f"converted, {method}, {nblocks} blocks"
-                label = f"LoRA converted to {nblocks} blocks, {method}"
-                systems.append(
-                    System(f"{method}-{nblocks}", label, "conversion", family, method, nblocks, inits[0], matched)
-                )
+            by_suffix = {
+                f"{m}r": {r: shape for r in ranks if (shape := _closest(nblocks, m * r, attrgetter("rank")))}
+                for m in sorted(multiples)
+            }
+            systems += _trained(nblocks, matched, by_suffix, inits)
+        for method in [method for method in CONVERSIONS if method in methods]:
+            label, family = f"LoRA converted to {nblocks} blocks, {method}", f"converted, {method}, {nblocks} blocks"
+            systems.append(System(f"{method}-{nblocks}", label, "conversion", family, method, inits[0], matched))
     return [system for system in systems if system.shapes]
 
 
-def _trained(
-    ranks: Sequence[int],
-    nblocks: int,
-    multiples: Sequence[int],
-    inits: Sequence[Init],
-    matched: dict[int, AdapterShape],
-) -> list[System]:
-    name, label = f"bd{nblocks}", f"BD-LoRA, {nblocks} blocks"
-    by_suffix = {
-        f"{m}r": {r: shape for r in ranks if (shape := closest_shape(m * r, nblocks)) is not None}
-        for m in sorted(multiples)
-    }
-    same = [suffix for suffix, shapes in by_suffix.items() if shapes == matched]
-    if not same:
-        by_suffix = {"matched": matched, **by_suffix}
-    words = {suffix: "matched rank" if suffix == "matched" else f"rank {suffix}" for suffix in by_suffix}
+def _trained(nblocks: int, matched: Shapes, by_suffix: dict[str, Shapes], inits: Sequence[Init]) -> list[System]:
+    name, family = f"bd{nblocks}", f"BD-LoRA, {nblocks} blocks"
+    main = next((suffix for suffix, shapes in by_suffix.items() if shapes == matched), "matched")
+    if main == "matched":
+        by_suffix = {main: matched, **by_suffix}
+    labels = {s: f"{family}, matched rank" if s == "matched" else f"{family}, rank {s}" for s in by_suffix}
     systems = [
-        System(f"{name}-{s}", f"{label}, {words[s]}", "BD-LoRA", label, "bd", nblocks, inits[0], shapes)
-        for s, shapes in by_suffix.items()
+        System(f"{name}-{suffix}", labels[suffix], "BD-LoRA", family, "bd", inits[0], shapes)
+        for suffix, shapes in by_suffix.items()
     ]
-    suffix = same[0] if same else "matched"
     for init in inits[1:]:
-        text = f"{init} initial values"
-        long_label = f"{label}, {words[suffix]}, {text}"
-        long_family = f"{label}, {text}"
-        systems.append(
-            System(f"{name}-{suffix}-{init}", long_label, "initial values", long_family, "bd", nblocks, init, matched)
-        )
+        own, label = f"{family}, {init} initial values", f"{labels[main]}, {init} initial values"
+        systems.append(System(f"{name}-{main}-{init}", label, "initial values", own, "bd", init, matched))
     return systems
-
-
-def _check_blocks(modules: Sequence[TargetModule], nblocks: int) -> None:
-    if nblocks < 2:
-        raise BDLoRAError(f"--blocks: found {nblocks}, expected at least 2 (one block is a plain LoRA)")
-    for module in modules:
-        size = module.outputs if module.side is TPSide.COLUMN else module.inputs
-        if size % nblocks:
-            raise BDLoRAError(f"--blocks {nblocks}: found {size} features in {module.name}, expected a multiple")

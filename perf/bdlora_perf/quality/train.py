@@ -1,17 +1,20 @@
 """Fine-tuning an adapter with PEFT, and what it then makes of held-out examples."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from bdlora_perf.quality.data import IGNORED, Batch, Example, Task, make_batch, training_batches
 from bdlora_perf.quality.init import Init, initialise_like_lora
+from bdlora_perf.quality.plan import Plan, QualityOptions
 from bdlora_perf.quality.systems import TARGETS, AdapterShape
 from bdlora_perf.synthetic.adapters import lora_config
 from bdlora_sglang.convert.options import DTYPES
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
 # Usual for LoRA: a short linear warm-up, then down to zero along a line; no weight decay.
 _WARM_UP = 0.1
 _LARGEST_GRADIENT = 1.0
+# JSON has no infinity. This is worse than a uniform guess over any vocabulary.
+_DIVERGED = 100.0
 _EVALUATED = 4  # batches at once: without gradients there is room for them
 
 
@@ -47,40 +52,40 @@ class Trainer:
     base: Any
     tokenizer: Any
     device: torch.device
-    target: str
-    scaling: float
-    batch_size: int
+    plan: Plan
 
     @classmethod
-    def load(cls, folder: Path, device: str, dtype: str, target: str, scaling: float, batch_size: int) -> "Trainer":
+    def load(cls, options: QualityOptions) -> "Trainer":
         """Raises `BDLoRAError` where transformers cannot load the folder's model and tokenizer."""
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        folder, device = options.model, torch.device(options.device)
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder)
-            base = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype])
-            base = cast(Any, base).to(device)
+            base: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[options.plan.dtype])
+            base = base.to(device)
         except (OSError, ValueError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0]
             raise BDLoRAError(f"--model {folder}: found {reason}, expected a causal language model") from error
         if tokenizer.eos_token_id is None:
             raise BDLoRAError(f"--model {folder}: found no end-of-sequence token, expected one to end completions with")
         base.requires_grad_(False)
-        return cls(base, tokenizer, torch.device(device), target, scaling, batch_size)
+        return cls(base, tokenizer, device, options.plan)
 
     def new_adapter(self, shape: AdapterShape, seed: int, init: Init) -> "PeftModel":
         """A fresh adapter on a copy of the base model."""
         from peft import get_peft_model
 
         nblocks = None if shape.nblocks == 1 else shape.nblocks
-        config = lora_config(shape.rank, nblocks, TARGETS[self.target], lora_alpha=self.scaling * shape.rank)
+        targets, alpha = TARGETS[self.plan.target_modules], self.plan.scaling * shape.rank
+        config = lora_config(shape.rank, nblocks, targets, lora_alpha=alpha)
         return initialise_like_lora(get_peft_model(self._copy(), config), seed, init)
 
-    def read_adapter(self, folder: Path, trainable: bool = False) -> "PeftModel":
-        """PEFT's own reading of a saved adapter, on a copy of the base model."""
+    def read_adapter(self, folder: Path) -> "PeftModel":
+        """PEFT's own reading of a saved adapter, to be trained on, on a copy of the base model."""
         from peft import PeftModel
 
-        return PeftModel.from_pretrained(self._copy(), str(folder), is_trainable=trainable)
+        return PeftModel.from_pretrained(self._copy(), str(folder), is_trainable=True)
 
     def _copy(self) -> Any:
         """The base model's modules anew, for PEFT changes them; its weights, which are frozen, are shared."""
@@ -88,22 +93,20 @@ class Trainer:
 
     def train(self, model: "PeftModel", examples: Sequence[Example], steps: int, rate: float, seed: int) -> list[float]:
         """Change the adapter in place; returns the loss of every step. ``seed`` decides the order of the examples."""
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+        optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=rate, weight_decay=0.0)
         warm = max(1, round(_WARM_UP * steps))
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min((step + 1) / warm, (steps - step) / max(1, steps - warm))
-        )
-        batches = (self._batch(chosen) for chosen in training_batches(examples, self.batch_size, seed))
-        losses = list(descend(model, batches, steps, optimizer, schedule))
-        return torch.stack(losses).tolist()  # at the end: on a GPU each value that is read is waited for
+        schedule = LambdaLR(optimizer, lambda step: min((step + 1) / warm, (steps - step) / max(1, steps - warm)))
+        batches = map(self._batch, training_batches(examples, self.plan.batch_size, seed))
+        losses = list(descend(model, islice(batches, steps), schedule))
+        values = torch.stack(losses).tolist()  # at the end: on a GPU each value that is read is waited for
+        return [_finite(value) for value in values]
 
     def evaluate(self, model: Any, task: Task, examples: Sequence[Example]) -> Evaluation:
         """One forward over the examples. A loss that is no number is infinitely bad: training diverged."""
         model.eval()
         loss, tokens, hits, exact = 0.0, 0, 0, 0
         by_length = sorted(examples, key=lambda example: len(example.ids))  # little padding
-        size = self.batch_size * _EVALUATED
+        size = self.plan.batch_size * _EVALUATED
         with torch.inference_mode():
             for start in range(0, len(examples), size):
                 logits, targets = target_logits(model, self._batch(by_length[start : start + size]))
@@ -115,7 +118,8 @@ class Trainer:
                 # Greedy decoding gives the completion just when each of its tokens is the likeliest after those before.
                 exact += int((is_hit | ~wanted).all(-1).sum())
         token_accuracy = hits / tokens
-        return Evaluation(loss / tokens, exact / len(examples) if task.exact else token_accuracy, token_accuracy)
+        accuracy = exact / len(examples) if task.exact else token_accuracy
+        return Evaluation(_finite(loss / tokens), accuracy, token_accuracy)
 
     def _batch(self, examples: Sequence[Example]) -> Batch:
         return make_batch(examples, self.tokenizer.eos_token_id, self.device)
@@ -136,27 +140,19 @@ def target_logits(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]
     return output.logits.float(), labels[:, columns]
 
 
-def descend(
-    model: torch.nn.Module,
-    batches: Iterator[Batch],
-    steps: int,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-) -> Iterator[torch.Tensor]:
+def descend(model: torch.nn.Module, batches: Iterable[Batch], schedule: LRScheduler) -> Iterator[torch.Tensor]:
     """Train what is trainable, one step a batch; yields the loss before each step, nats a target token."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.train()
-    for batch in islice(batches, steps):
+    for batch in batches:
         logits, targets = target_logits(model, batch)
         loss = cross_entropy(logits.flatten(0, 1), targets.flatten())
         loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(trainable, _LARGEST_GRADIENT)
-        optimizer.step()
-        optimizer.zero_grad()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), _LARGEST_GRADIENT)
+        schedule.optimizer.step()
+        schedule.optimizer.zero_grad()
         schedule.step()
         yield loss.detach()
 
 
-def count_parameters(model: "PeftModel") -> int:
-    """PEFT's own count of what is trained."""
-    return int(model.get_nb_trainable_parameters()[0])
+def _finite(loss: float) -> float:
+    return loss if math.isfinite(loss) else _DIVERGED

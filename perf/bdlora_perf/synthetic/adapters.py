@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,15 +45,11 @@ def make_adapter(
     rank: int = 8,
     nblocks: int | None = None,
     target_modules: Sequence[str] | str = ALL_MODULES,
-    target_parameters: Sequence[str] = (),
     seed: int = 0,
     alpha: float | None = None,
-    use_rslora: bool = False,
-    rank_pattern: Mapping[str, int] | None = None,
-    alpha_pattern: Mapping[str, float] | None = None,
-    layers_to_transform: Sequence[int] | None = None,
     dtype: torch.dtype = torch.float32,
     scale: float = 0.5,
+    **fields: Any,
 ) -> Path:
     """Make a random adapter with PEFT itself, and return its folder.
 
@@ -63,13 +59,13 @@ def make_adapter(
         rank: the whole rank, all blocks together.
         nblocks: blocks of the block-diagonal factors; None makes a plain LoRA adapter.
         target_modules: the last parts of the names of the modules that get LoRA, or a regular expression.
-        target_parameters: those of parameters, such as "experts.down_proj".
         seed: of the weights.
         alpha: ``lora_alpha``; twice the rank if None.
-        use_rslora, rank_pattern, alpha_pattern, layers_to_transform: PEFT's fields.
         dtype: of the stored weights.
         scale: the standard deviation that the adapter adds to a module's output, for inputs of unit variance, whatever
             its rank, blocks and scaling. At the default it changes the tokens and leaves the logits as far apart.
+        **fields: PEFT's others, such as ``use_rslora``, ``rank_pattern``, ``layers_to_transform`` and
+            ``target_parameters``.
 
     Raises:
         ValueError: PEFT refuses the arguments, for example blocks that do not divide a module.
@@ -77,17 +73,8 @@ def make_adapter(
     from peft import get_peft_model, get_peft_model_state_dict
     from transformers import AutoConfig
 
-    config = lora_config(
-        rank,
-        nblocks,
-        target_modules,
-        lora_alpha=2 * rank if alpha is None else alpha,  # PEFT takes any number
-        use_rslora=use_rslora,
-        rank_pattern=dict(rank_pattern or {}),
-        alpha_pattern=dict(alpha_pattern or {}),
-        target_parameters=list(target_parameters) or None,
-        layers_to_transform=None if layers_to_transform is None else list(layers_to_transform),
-    )
+    alpha = 2 * rank if alpha is None else alpha  # PEFT takes any number
+    config = lora_config(rank, nblocks, target_modules, lora_alpha=alpha, **fields)
     with torch.device("meta"):  # shapes are all that is needed of the base model, so its size does not matter
         base_config = AutoConfig.from_pretrained(model_folder)
         base = model_class(base_config).from_config(base_config)

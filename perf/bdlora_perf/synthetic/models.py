@@ -124,7 +124,7 @@ def make_model(
         with torch.no_grad():
             model.get_output_embeddings().weight[unprintable_tokens(tokenizer)] = 0
     folder = Path(folder)
-    with _no_progress_bar():
+    with no_progress_bar():
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if vision:
@@ -164,7 +164,8 @@ def make_model_without_weights(folder: str | Path, **fields: Any) -> Path:
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def no_progress_bar() -> Iterator[None]:
+    """transformers shows none inside."""
     from transformers.utils import logging
 
     enabled = logging.is_progress_bar_enabled()

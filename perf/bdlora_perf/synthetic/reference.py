@@ -60,23 +60,20 @@ class PeftReference:
             max_new_tokens: the number of tokens to generate.
             **seen: what comes with the prompt, such as ``pixel_values``, as the model's processor makes it.
         """
+        generation = Generation([], [], [])
+        step, cache = list(prompt), None
         with self._activated(adapter) as model, torch.inference_mode():
-            tokens: list[int] = []
-            logprobs: list[float] = []
-            gaps: list[float] = []
-            step = torch.tensor([list(prompt)], device=self._base.device)
-            cache = None
-            while len(tokens) < max_new_tokens:
-                output = model(input_ids=step, past_key_values=cache, use_cache=True, **({} if tokens else seen))
-                cache = output.past_key_values
+            for _ in range(max_new_tokens):
+                ids = torch.tensor([step], device=self._base.device)
+                output = model(input_ids=ids, past_key_values=cache, use_cache=True, **seen)
                 logits_V = output.logits[0, -1].float()
                 best, runner_up = logits_V.topk(2).values.tolist()
                 token = int(logits_V.argmax())
-                tokens.append(token)
-                logprobs.append(float(logits_V.log_softmax(dim=-1)[token]))
-                gaps.append(best - runner_up)
-                step = torch.tensor([[token]], device=self._base.device)
-        return Generation(tokens, logprobs, gaps)
+                generation.tokens.append(token)
+                generation.logprobs.append(float(logits_V.log_softmax(dim=-1)[token]))
+                generation.gaps.append(best - runner_up)
+                step, cache, seen = [token], output.past_key_values, {}
+        return generation
 
     def logprobs(self, prompt: Sequence[int], adapter: str | Path | None, tokens: Sequence[int]) -> list[float]:
         """The log-probability of each of ``tokens`` after the prompt and the tokens before it, from one forward.
@@ -105,16 +102,15 @@ class PeftReference:
 
     @contextmanager
     def _activated(self, adapter: str | Path | None) -> Iterator[Any]:
-        if adapter is None:
-            if self._peft is None:
-                yield self._base
-            else:
-                with self._peft.disable_adapter():
-                    yield self._peft
-            return
-        model, name = self._load(Path(adapter).resolve())
-        model.set_adapter(name)
-        yield model
+        if adapter is not None:
+            model, name = self._load(Path(adapter).resolve())
+            model.set_adapter(name)
+            yield model
+        elif self._peft is not None:
+            with self._peft.disable_adapter():
+                yield self._peft
+        else:
+            yield self._base
 
     def _load(self, folder: Path) -> "tuple[PeftModel, str]":
         from peft import PeftModel
@@ -127,6 +123,5 @@ class PeftReference:
         else:
             self._peft.load_adapter(str(folder), adapter_name=name)
         self._names[folder] = name
-        self._peft.to(self._dtype)
-        self._peft.eval()
+        self._peft.to(self._dtype).eval()
         return self._peft, name

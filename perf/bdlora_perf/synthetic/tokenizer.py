@@ -1,5 +1,6 @@
 """A small byte-level BPE tokenizer with a chat template, trained on the sentences below."""
 
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -34,6 +35,23 @@ _CHAT_TEMPLATE = (
 
 def make_tokenizer() -> "PreTrainedTokenizerFast":
     """A tokenizer of `VOCAB_SIZE` tokens that loses no text. It adds no special tokens; the chat template does."""
+    bos, eos = _SPECIAL_TOKENS[BOS_ID], _SPECIAL_TOKENS[EOS_ID]
+    tokenizer = train_tokenizer(_SENTENCES, VOCAB_SIZE, _SPECIAL_TOKENS, bos_token=bos, eos_token=eos, pad_token=eos)
+    assert tokenizer.vocab_size == VOCAB_SIZE
+    assert tokenizer.convert_tokens_to_ids([bos, eos]) == [BOS_ID, EOS_ID]
+    tokenizer.chat_template = _CHAT_TEMPLATE
+    return tokenizer
+
+
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str], **roles: str
+) -> "PreTrainedTokenizerFast":
+    """A byte-level BPE tokenizer, trained on ``texts``.
+
+    Args:
+        special_tokens: get the first ids.
+        **roles: which of them are transformers' ``eos_token`` and others.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -41,19 +59,13 @@ def make_tokenizer() -> "PreTrainedTokenizerFast":
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(  # type: ignore[no-untyped-call]
-        vocab_size=VOCAB_SIZE,
-        special_tokens=list(_SPECIAL_TOKENS),
+        vocab_size=vocab_size,
+        special_tokens=list(special_tokens),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_SENTENCES, trainer)
-    assert tokenizer.get_vocab_size() == VOCAB_SIZE
-    assert [tokenizer.token_to_id(token) for token in _SPECIAL_TOKENS[:2]] == [BOS_ID, EOS_ID]
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|bos|>", eos_token="<|endoftext|>", pad_token="<|endoftext|>"
-    )
-    fast.chat_template = _CHAT_TEMPLATE
-    return fast
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles)
 
 
 def make_word_tokenizer(vocab_size: int) -> "PreTrainedTokenizerFast":

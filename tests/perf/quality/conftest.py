@@ -65,7 +65,7 @@ def options(model: Path, data: list[Path], tmp_path: Path) -> Callable[..., Qual
 
     def make(tasks: int = 1, part: tuple[int, int] = (1, 1), output: str = "runs", **fields: Any) -> QualityOptions:
         files = data[:tasks]
-        plan = make_plan(model, files, **{**FIELDS, **fields})
+        plan = make_plan(model, files, {**FIELDS, **fields})
         paths = {path.stem: path for path in files}
         made = QualityOptions(plan, model, paths, tmp_path / output, "cpu", COMMAND, tp=2)
         return replace(made, part=part)

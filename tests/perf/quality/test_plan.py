@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from bdlora_cli.perf_quality import quality
 from bdlora_perf.quality.plan import PLAN_FILE, QualityOptions, check_plan
 from bdlora_perf.quality.systems import AdapterShape, make_systems, matched_shape, target_modules
-from bdlora_perf.quality.train import Trainer, count_parameters
+from bdlora_perf.quality.train import Trainer
 from bdlora_sglang.errors import BDLoRAError
 
 app = typer.Typer()
@@ -22,10 +22,13 @@ app.command()(quality)
 
 @pytest.mark.parametrize("target", ["attention", "all"])
 @pytest.mark.parametrize("shape", [AdapterShape(3), AdapterShape(8, 2), AdapterShape(12, 4)])
-def test_parameters_are_what_peft_counts(model: Path, target: str, shape: AdapterShape) -> None:
-    trainer = Trainer.load(model, "cpu", "float32", target, 1.0, 1)
+def test_parameters_are_what_peft_counts(
+    options: Callable[..., QualityOptions], target: str, shape: AdapterShape
+) -> None:
+    trainer = Trainer.load(options(target_modules=target))
     modules = target_modules(trainer.base, target)
-    assert shape.parameters(modules) == count_parameters(trainer.new_adapter(shape, 0, "per-block"))
+    counted, _ = trainer.new_adapter(shape, 0, "per-block").get_nb_trainable_parameters()
+    assert shape.parameters(modules) == counted
 
 
 def test_the_matched_rank_is_the_closest(model: Path) -> None:

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from bdlora_cli.perf_quality import quality
 from bdlora_perf.quality.data import Example, load_task, make_batch
 from bdlora_perf.quality.folder import Cell, Trial
-from bdlora_perf.quality.plan import QualityOptions
+from bdlora_perf.quality.plan import QualityOptions, make_plan
 from bdlora_perf.quality.report import make_report, samples_of
 from bdlora_perf.quality.sweep import Sweep
 from bdlora_perf.quality.systems import AdapterShape
@@ -57,9 +57,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def finished(model: Path, data: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Sweep:
-    from bdlora_perf.quality.plan import make_plan
-
-    plan = make_plan(model, data, **FIELDS)
+    plan = make_plan(model, data, FIELDS)
     folder = tmp_path_factory.mktemp("finished") / "runs"
     return run(QualityOptions(plan, model, {path.stem: path for path in data}, folder, "cpu", COMMAND, tp=2))
 

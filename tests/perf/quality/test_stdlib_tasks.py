@@ -1,6 +1,5 @@
 """The tasks made of Python's library, on a library of a few lines."""
 
-import ast
 import json
 
 from bdlora_perf.quality.stdlib_tasks import Library, json_pairs
@@ -30,12 +29,10 @@ class Name:
 
 
 def test_what_is_taken_of_the_source() -> None:
-    library = Library((ast.parse(_SOURCE), ast.parse("x = 1")))
-    assert "About a module." in library.docstrings() and len(library.docstrings()) == 6
-    assert library.summaries() == {"Return the last part of a path.": "basename"}, "the first of equal ones"
-    code = library.code()
-    assert '"""' not in code and "path.split" in code and "x = 1" in code
-    assert ast.get_docstring(library.trees[0]) == "About a module.", "the source stays as it was"
+    library = Library.read([_SOURCE, "x = 1", "no source {"])
+    assert "About a module." in library.docstrings and len(library.docstrings) == 6
+    assert library.summaries == {"Return the last part of a path.": "basename"}, "the first of equal ones"
+    assert '"""' not in library.code and "path.split" in library.code and "x = 1" in library.code
 
 
 def test_completions_are_the_json_of_what_is_given() -> None:
