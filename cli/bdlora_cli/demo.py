@@ -111,6 +111,7 @@ def _send(server: "DemoServer", files: _Files) -> list[Request]:
     from transformers import AutoTokenizer
 
     from bdlora_perf.demo_adapters import chat_prompt, read_reviews
+    from bdlora_perf.serve.servers import adapter_names
 
     tokenizer = AutoTokenizer.from_pretrained(files.model)
     asked = [(review, chat_prompt(tokenizer, review.text)) for review in read_reviews("test")[_REVIEWS]]
@@ -127,9 +128,9 @@ def _send(server: "DemoServer", files: _Files) -> list[Request]:
         raise BDLoRAError("/generate: found a streamed answer in one piece, expected several")
     requests.append(Request("streamed", review, prompt, adapter, streamed))
 
-    before = server.adapters()
+    before = adapter_names(server)
     server.load(files.late.name, files.late)
-    _expect_adapters(server, before | {files.late.name})
+    _expect_adapters(server, sorted([*before, files.late.name]))
     (answer,) = server.generate([(files.late.name, prompt)], _SAMPLING)
     requests.append(Request("loaded", review, prompt, files.late, answer))
     server.unload(files.late.name)
@@ -137,10 +138,12 @@ def _send(server: "DemoServer", files: _Files) -> list[Request]:
     return requests
 
 
-def _expect_adapters(server: "DemoServer", expected: set[str]) -> None:
-    found = server.adapters()
+def _expect_adapters(server: "DemoServer", expected: list[str]) -> None:
+    from bdlora_perf.serve.servers import adapter_names
+
+    found = adapter_names(server)
     if found != expected:
-        raise BDLoRAError(f"/v1/models: found adapters {sorted(found)}, expected {sorted(expected)}")
+        raise BDLoRAError(f"/v1/models: found adapters {found}, expected {expected}")
 
 
 def _equal_to_peft(model: Path, requests: Sequence[Request]) -> list[bool]:

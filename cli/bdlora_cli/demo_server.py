@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,10 +11,9 @@ from typing import Any
 
 import requests
 
-from bdlora_perf.server_process import ServerProcess, free_port, launch_command, only_models
+from bdlora_perf.serve.servers import send
+from bdlora_perf.server_process import ServerProcess, free_port, launch_command, only_models, terminated_as_interrupted
 from bdlora_sglang.errors import BDLoRAError
-
-_REQUEST_SECONDS = 120
 
 
 @dataclass(frozen=True)
@@ -53,22 +51,12 @@ class DemoServer(ServerProcess):
     def unload(self, name: str) -> None:
         self._post("/unload_lora_adapter", {"lora_name": name})
 
-    def adapters(self) -> set[str]:
-        """The adapters that ``/v1/models`` lists beside the base model."""
-        return {model["id"] for model in self._send("GET", "/v1/models").json()["data"] if model.get("parent")}
-
     def _post(self, path: str, body: Mapping[str, Any], stream: bool = False) -> requests.Response:
-        return self._send("POST", path, json=dict(body), stream=stream)
-
-    def _send(self, method: str, path: str, **options: Any) -> requests.Response:
-        """Send a request; raise `BDLoRAError` unless the server carries it out."""
+        """Send a request; raise `BDLoRAError` with the end of the log unless the server carries it out."""
         try:
-            response = requests.request(method, self.url + path, timeout=_REQUEST_SECONDS, **options)
-        except requests.RequestException as error:
-            raise BDLoRAError(f"{self.url}{path}: {error}\n{self.log_tail()}") from error
-        if response.status_code != 200:
-            raise BDLoRAError(f"{self.url}{path}: found status {response.status_code}, expected 200: {response.text}")
-        return response
+            return send("POST", f"{self.url}{path}", json=dict(body), stream=stream)
+        except BDLoRAError as error:
+            raise BDLoRAError(f"{error}\n{self.log_tail()}") from error
 
     def start_report(self) -> list[str]:
         """What ``bdlora launch`` itself says at its start, without SGLang's log lines around it."""
@@ -97,7 +85,7 @@ def running_server(
     flags += ["--adapter-root", str(adapters.parent)]
     flags += ["--port", str(port), "--dtype", "float32"]
     starting(["bdlora", "launch", *flags])
-    with _terminated_as_interrupted():
+    with terminated_as_interrupted(lambda number, _: sys.exit(128 + number)):
         server = DemoServer(launch_command(*flags), f"http://127.0.0.1:{port}", log, _environment(tp))
         try:
             yield server
@@ -119,18 +107,3 @@ def _environment(tp: int) -> dict[str, str]:
         # Each rank needs a GPU of its own. Without any, `bdlora launch` takes the CPU.
         environment["CUDA_VISIBLE_DEVICES"] = ""
     return environment
-
-
-@contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP unwind the stack like Ctrl-C, so that the server is stopped."""
-
-    def interrupt(number: int, _frame: object) -> None:
-        sys.exit(128 + number)
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -1,7 +1,6 @@
 """``bdlora perf collectives``: what the ranks send each other in one forward pass."""
 
-import shlex
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -20,9 +19,11 @@ from bdlora_cli.perf_output import (
     Systems,
     Work,
     check_output,
-    finish,
     model_folder,
+    report_on,
     server_dtype,
+    split,
+    typed_command,
 )
 
 
@@ -51,17 +52,15 @@ def collectives(
     check_output(output, force)
 
     import torch
-    from rich.console import Console
 
     from bdlora_perf.collectives.measure import CollectivesOptions, measure_collectives
     from bdlora_perf.serve.systems import choose_systems
 
     has_gpu = torch.accelerator.is_available()
-    path = model_folder(model, work, hidden_size, layers, seed)
     options = CollectivesOptions(
-        model=path,
+        model=model_folder(model, work, hidden_size, layers, seed),
+        systems=choose_systems(split(systems), has_gpu),
         tp=tp,
-        systems=choose_systems([name for text in systems or () for name in text.split(",")], has_gpu),
         batch_size=batch_size,
         input_len=input_len,
         decode_steps=decode_steps,
@@ -71,9 +70,6 @@ def collectives(
         dtype=server_dtype(dtype, has_gpu),
         server_flags=tuple(server_flags or ()),
         work=work,
-        command=shlex.join(["bdlora", *sys.argv[1:]]),
+        command=typed_command(),
     )
-    console = Console()
-    with console.status("preparing") as status:
-        report = measure_collectives(options, status.update)
-    finish(console, report, output)
+    report_on(partial(measure_collectives, options), output)

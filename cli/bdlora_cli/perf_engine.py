@@ -1,7 +1,6 @@
 """``bdlora perf engine``: how long the steps of the engine take."""
 
-import shlex
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -19,15 +18,12 @@ from bdlora_cli.perf_output import (
     ServerFlags,
     Work,
     check_output,
-    finish,
     flags_beside_others,
     model_folder,
+    report_on,
+    typed_command,
 )
 from bdlora_sglang.errors import BDLoRAError
-
-_TP = (1, 2, 4)
-_DTYPES = ("float32", "bfloat16")
-_REQUESTS = (1, 4, 8, 32)
 
 
 def engine(
@@ -61,27 +57,22 @@ def engine(
     check_output(output, force)
 
     import torch
-    from rich.console import Console
 
-    from bdlora_perf.engine.bandwidth import shape_of
+    from bdlora_perf.engine.bandwidth import ITEM_BYTES, shape_of
     from bdlora_perf.engine.measure import measure_engine
-    from bdlora_perf.engine.plan import ITEM_BYTES, LORA, EngineOptions
+    from bdlora_perf.engine.plan import EngineOptions
 
-    tps, dtypes = list(dict.fromkeys(tp or _TP)), list(dict.fromkeys(dtype or _DTYPES))
+    dtypes = list(dict.fromkeys(dtype or ("float32", "bfloat16")))
     for name in dtypes:
         if name not in ITEM_BYTES:
             raise BDLoRAError(f"--dtype: found {name!r}, expected one of {', '.join(ITEM_BYTES)}")
     path = model_folder(model, work, hidden_size, layers, seed)
-    shape = shape_of(path)
-    for degree in tps:
-        shape.check_tp(degree)
-        LORA.adapter(rank, degree)
     options = EngineOptions(
         model=path,
-        shape=shape,
-        tps=tps,
+        shape=shape_of(path),
+        tps=list(dict.fromkeys(tp or (1, 2, 4))),
         dtypes=dtypes,
-        requests=sorted(set(requests or _REQUESTS)),
+        requests=sorted(set(requests or (1, 4, 8, 32))),
         adapters=adapters,
         rank=rank,
         input_len=input_len,
@@ -91,9 +82,7 @@ def engine(
         before=before,
         server_flags=flags_beside_others(server_flags, torch.accelerator.is_available()),
         work=work,
-        command=shlex.join(["bdlora", *sys.argv[1:]]),
+        command=typed_command(),
     )
-    console = Console()
-    with console.status("preparing") as status:
-        report = measure_engine(options, status.update)
-    finish(console, report, output)
+    options.check(options.shape, [rank])
+    report_on(partial(measure_engine, options), output)

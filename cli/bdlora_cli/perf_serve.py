@@ -27,6 +27,8 @@ from bdlora_cli.perf_output import (
     flags_beside_others,
     model_folder,
     server_dtype,
+    split,
+    typed_command,
 )
 from bdlora_perf.serve.trace import read_trace
 from bdlora_perf.serve.workload import DISTRIBUTIONS, PRESETS, Distribution, Preset
@@ -142,7 +144,7 @@ def serve(
     )
     workloads = sweep.workloads()
     bounds = dict(map(_bound, goodput or chosen.goodput))
-    names = [name for text in systems or () for name in text.split(",")]
+    names = split(systems)
     starts_servers = bool(names or start or param_ratio or not url)
     if not names and starts_servers:
         names = list(chosen.systems)
@@ -196,7 +198,7 @@ def serve(
         seed=seed,
         # vLLM and servers of another checkout run elsewhere.
         work=work.resolve(),
-        command=shlex.join(["bdlora", *sys.argv[1:]]),
+        command=typed_command(),
         kv_tokens=kv_tokens,
         find_rate=find_rate,
         url_adapters=tuple(url_adapter or ()),

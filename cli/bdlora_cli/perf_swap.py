@@ -1,7 +1,6 @@
 """``bdlora perf swap``: loading adapters into running servers."""
 
-import shlex
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -20,10 +19,11 @@ from bdlora_cli.perf_output import (
     ServerFlags,
     Work,
     check_output,
-    finish,
     flags_beside_others,
     model_folder,
+    report_on,
     server_dtype,
+    typed_command,
 )
 
 
@@ -54,25 +54,18 @@ def swap(
     check_output(output, force)
 
     import torch
-    from rich.console import Console
 
     from bdlora_perf.engine.bandwidth import shape_of
-    from bdlora_perf.swap.measure import measure_swap
-    from bdlora_perf.swap.plan import LORA, SwapOptions
+    from bdlora_perf.swap.measure import SwapOptions, measure_swap
 
     has_gpu = torch.accelerator.is_available()
-    tps, ranks = list(dict.fromkeys(tp or (1, 2))), sorted(set(rank or (8, 64)))
     path = model_folder(model, work, hidden_size, layers, seed)
     shape = shape_of(path)
-    for degree in tps:
-        shape.check_tp(degree)
-        for r in ranks:
-            LORA.adapter(r, degree)
     options = SwapOptions(
         model=path,
         vocabulary=shape.vocabulary,
-        tps=tps,
-        ranks=ranks,
+        tps=list(dict.fromkeys(tp or (1, 2))),
+        ranks=sorted(set(rank or (8, 64))),
         loads=loads,
         rounds=rounds,
         seed=seed,
@@ -80,9 +73,7 @@ def swap(
         dtype=server_dtype(dtype, has_gpu),
         server_flags=flags_beside_others(server_flags, has_gpu),
         work=work,
-        command=shlex.join(["bdlora", *sys.argv[1:]]),
+        command=typed_command(),
     )
-    console = Console()
-    with console.status("preparing") as status:
-        report = measure_swap(options, status.update)
-    finish(console, report, output)
+    options.check(shape, options.ranks)
+    report_on(partial(measure_swap, options), output)

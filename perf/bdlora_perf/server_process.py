@@ -8,9 +8,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any, BinaryIO
 
 import requests
@@ -58,15 +59,16 @@ def free_port() -> int:
 
 
 @contextmanager
-def terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM and SIGHUP do what Ctrl-C does."""
-    numbers = (signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
+def terminated_as_interrupted(
+    handler: Callable[[int, FrameType | None], object] = signal.default_int_handler,
+) -> Iterator[None]:
+    """SIGTERM and SIGHUP do what Ctrl-C does, or what else ``handler`` does."""
+    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 def _opened(log: Path) -> BinaryIO:

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bdlora_cli.demo_server import DemoServer, _terminated_as_interrupted
+from bdlora_cli.demo_server import DemoServer, running_server
 from bdlora_sglang.errors import BDLoRAError
 
 # A server with a child, both deaf to SIGTERM.
@@ -64,9 +64,13 @@ def test_what_launch_says_is_picked_out_of_the_log(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
-def test_signals_unwind_the_stack(number: signal.Signals) -> None:
+def test_a_signal_stops_the_server(number: signal.Signals, tmp_path: Path) -> None:
     before = signal.getsignal(number)
-    with pytest.raises(SystemExit) as caught, _terminated_as_interrupted():
+    with (
+        pytest.raises(SystemExit) as caught,
+        running_server(tmp_path, 1, tmp_path / "adapters", tmp_path / "log", lambda command: None) as server,
+    ):
         signal.raise_signal(number)
     assert caught.value.code == 128 + number
+    assert server.exit_code is not None
     assert signal.getsignal(number) is before

@@ -4,6 +4,8 @@ SGLang starts the profiler itself (``/start_profile``, ``Engine.start_profile`` 
 ``record_shapes=True``), so what is counted is what ran.
 """
 
+import gzip
+import json
 import math
 import re
 from collections import Counter
@@ -12,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bdlora_perf.collectives.trace import read_traces
-
 Event = Mapping[str, Any]
 
+_TRACE_RANK = re.compile(r"TP-(\d+)")
 # Collectives of the model, at whatever level the trace shows them; of nested ones the outermost counts. Broadcasts are
 # left out: the scheduler hands requests to the ranks with them.
 _OPERATIONS = {
@@ -62,6 +63,24 @@ def traffic_elements(collective: Collective, num_ranks: int) -> float:
     """
     elements = collective.elements * (num_ranks - 1)
     return {"all_gather": elements, "all_reduce": 2 * elements / num_ranks}[collective.operation]
+
+
+def read_traces(folder: Path) -> dict[int, list[dict[str, Any]]]:
+    """The events of all traces in ``folder``, by TP rank.
+
+    Raises:
+        ValueError: there is no trace of a TP rank in the folder.
+    """
+    traces: dict[int, list[dict[str, Any]]] = {}
+    for path in sorted(folder.rglob("*.trace.json*")):
+        match = _TRACE_RANK.search(path.name)
+        if match is not None:
+            opener = gzip.open if path.suffix == ".gz" else open
+            with opener(path, "rt", encoding="utf-8") as file:
+                traces.setdefault(int(match[1]), []).extend(json.load(file)["traceEvents"])
+    if not traces:
+        raise ValueError(f"{folder}: found no trace of a TP rank, expected *TP-<rank>*.trace.json(.gz)")
+    return traces
 
 
 def count_collectives(folder: Path) -> dict[int, Counter[Collective]]:

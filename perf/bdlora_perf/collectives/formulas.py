@@ -1,35 +1,20 @@
 """What the papers say that LoRA sends in one forward pass."""
 
 from collections import Counter
-from dataclasses import dataclass
 
 from bdlora_perf.collectives.count import Collective
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The tokens of one forward pass, and the rank of the adapters on all seven linear modules of each layer."""
-
-    tokens: int
-    rank: int
 
 
 def agree(found: Counter[Collective], expected: Counter[Collective]) -> bool:
     """Whether as many of each kind and shape were found; of each kind alone where replayed graphs have no shapes."""
     if all(collective.shape is not None for collective in found):
         return found == expected
-    return _by_operation(found) == _by_operation(expected)
+    kinds, expected_kinds = (Counter(each.operation for each in counter.elements()) for counter in (found, expected))
+    return kinds == expected_kinds
 
 
-def _by_operation(collectives: Counter[Collective]) -> Counter[str]:
-    counts: Counter[str] = Counter()
-    for collective, count in collectives.items():
-        counts[collective.operation] += count
-    return counts
-
-
-def added_by_lora(fully_sharded: bool, batch: Batch, num_layers: int, num_ranks: int) -> Counter[Collective]:
-    """Collectives that LoRA adds to the base model's.
+def added_by_lora(fully_sharded: bool, tokens: int, rank: int, num_layers: int, num_ranks: int) -> Counter[Collective]:
+    """Collectives that LoRA of one rank on all seven linear modules adds to the base model's, for so many tokens.
 
     None when it is communication-free (BD-LoRA, section 3). Fully sharded (S-LoRA, section 6.2), each layer gathers the
     shrink outputs of q, k, v and those of gate, up, and reduces those of o and of down: 5 (N - 1) r T / N elements in
@@ -37,12 +22,12 @@ def added_by_lora(fully_sharded: bool, batch: Batch, num_layers: int, num_ranks:
     """
     if not fully_sharded or num_ranks == 1:
         return Counter()
-    chunk = -(-batch.rank // num_ranks)
+    chunk = -(-rank // num_ranks)
     per_layer = Counter(
         {
-            Collective("all_gather", (batch.tokens, 3 * chunk)): 1,
-            Collective("all_gather", (batch.tokens, 2 * chunk)): 1,
-            Collective("all_reduce", (batch.tokens, batch.rank)): 2,
+            Collective("all_gather", (tokens, 3 * chunk)): 1,
+            Collective("all_gather", (tokens, 2 * chunk)): 1,
+            Collective("all_reduce", (tokens, rank)): 2,
         }
     )
     return Counter({collective: count * num_layers for collective, count in per_layer.items()})

@@ -11,6 +11,7 @@ from bdlora_perf.collectives.count import Collective, Event, collectives
 # SGLang marks each forward pass in the trace: "step[EXTEND bs=4 toks=16]", "step[DECODE bs=4]".
 _STEP = re.compile(r"step\[(EXTEND|DECODE) ")
 _PHASES = {"EXTEND": "prefill", "DECODE": "decode"}
+PHASES = tuple(_PHASES.values())
 
 # Events that do not contain one another, by the part of a forward's time that they are.
 _PARTS = {

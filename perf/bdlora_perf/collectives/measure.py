@@ -5,23 +5,27 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
 
-from bdlora_perf.collectives.count import Collective, traffic_elements
-from bdlora_perf.collectives.formulas import Batch, added_by_lora, agree
-from bdlora_perf.collectives.forwards import PARTS, Forward, forwards
+from bdlora_perf.collectives.count import Collective, read_traces, traffic_elements
+from bdlora_perf.collectives.formulas import added_by_lora, agree
+from bdlora_perf.collectives.forwards import PARTS, PHASES, Forward, forwards
 from bdlora_perf.collectives.timing import Message, backend, time_collectives
-from bdlora_perf.collectives.trace import read_traces
+from bdlora_perf.engine.bandwidth import ITEM_BYTES, shape_of
+from bdlora_perf.engine.batch import Prompts
 from bdlora_perf.report.run import Run
-from bdlora_perf.report.schema import Metric, Report, Sample, System, Value
-from bdlora_perf.serve.adapters import MadeAdapter, adapter_flags, matched_adapter
-from bdlora_perf.serve.servers import Server, adapter_names, send, start_server, warm_up
+from bdlora_perf.report.schema import Metric, Point, Report, Sample, System, Value
+from bdlora_perf.serve.adapters import adapter_flags, matched_adapter
+from bdlora_perf.serve.servers import Server, adapter_names, send, servers_up, start_server, warm_up
 from bdlora_perf.serve.systems import ServedSystem
 from bdlora_sglang.errors import BDLoRAError
 
 # Sizes for the curve of time against size, beside those that were counted: 256 B to 4 MiB.
 _CURVE = tuple(2**exponent for exponent in range(8, 23, 2))
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Token ids that every model has.
+_VOCABULARY = 250
 
 METRICS: dict[str, Metric] = {
     "collectives_per_forward": Metric(label="Collectives of a forward", unit="", better="lower"),
@@ -62,26 +66,51 @@ class CollectivesOptions:
     work: Path
     command: str
 
+    def flags(self, system: ServedSystem) -> list[str]:
+        """All of a server's but its port."""
+        flags = ["--model", self.model, "--tp", str(self.tp), "--dtype", self.dtype, *system.flags]
+        if (shape := system.adapter(self.rank, self.tp)) is not None:
+            adapter = matched_adapter(self.work, self.model, shape, self.seed)
+            flags += adapter_flags(adapter, self.batch_size, self.batch_size)
+        return [*flags, *self.server_flags]
+
+    def tokens(self, phase: str) -> int:
+        """Of one forward."""
+        return self.batch_size * (self.input_len if phase == "prefill" else 1)
+
 
 def measure_collectives(options: CollectivesOptions, doing: Callable[[str], None]) -> Report:
     """Count the collectives of every system, and time each size that was seen; ``doing`` is told what comes next.
 
+    Ctrl-C and SIGTERM end the servers and keep what there is; a server that does not start or answer is a failure.
+
     Raises:
-        BDLoRAError: a server does not start or answer, with the end of its log.
+        BDLoRAError: ranks or forwards of a phase differ in what they send, or nothing at all could be measured.
     """
     run = Run(options.command, options.seed)
-    counted: list[Sample] = []
     per_forward: dict[tuple[str, str], Counter[Collective]] = {}
-    for system, round_, found in _profile(options, doing):
-        for phase in ("prefill", "decode"):
-            alike = [forward for rank in found for forward in rank if forward.phase == phase]
-            collectives = _same_in_all(alike, system, phase)
-            per_forward[system.name, phase] = collectives
-            counted += _count_samples(options, system.name, phase, round_, collectives)
-            counted.append(_time_sample(options, system.name, phase, round_, alike))
-    doing("timing collectives alone")
-    timed = _time_samples(options, per_forward)
-    operations = dict.fromkeys(sample.system for sample in timed)
+    operations: list[str] = []
+    rounds = 0
+    with run.kept_when_interrupted():
+        for system in options.systems:
+            doing(f"{system.name}: starting")
+            start = partial(start_server, system.name, options.flags(system), options.work / "logs")
+            with servers_up({system.name: start}, _make_ready, {}) as (ready, failures):
+                run.failures += failures
+                for server, names in ready.values():
+                    for round_ in range(1, options.rounds + 1):
+                        doing(f"{system.name}: round {round_}")
+                        found = _profile_batch(options, server, names, round_)
+                        for phase in PHASES:
+                            alike = [forward for forward in found if forward.phase == phase]
+                            per_forward[system.name, phase] = _same_in_all(alike, system, phase)
+                            run.samples += _samples(options, system.name, phase, round_, alike)
+                        rounds += 1
+        if options.tp > 1:
+            doing("timing collectives alone")
+            timed = _time_samples(options, per_forward)
+            operations = list(dict.fromkeys(sample.system for sample in timed))
+            run.samples += timed
     return Report(
         kind="collectives",
         title="Collectives of one forward pass",
@@ -95,68 +124,34 @@ def measure_collectives(options: CollectivesOptions, doing: Callable[[str], None
         },
         metrics=METRICS,
         baselines=tuple(system.name for system in options.systems if system.name in ("lora-fully-sharded", "base")),
-        samples=(*counted, *timed),
-        notes=tuple(_notes(options, per_forward)),
+        samples=tuple(run.samples),
+        failures=tuple(run.failures),
+        notes=(*run.broken_off(options.rounds * len(options.systems), rounds), *_notes(options, per_forward)),
     )
 
 
-def _profile(
-    options: CollectivesOptions, doing: Callable[[str], None]
-) -> Iterator[tuple[ServedSystem, int, list[list[Forward]]]]:
-    """The forwards of every rank, for each system and round."""
-    for system in options.systems:
-        doing(f"{system.name}: starting")
-        server = start_server(system.name, _flags(options, system), options.work / "logs")
-        try:
-            server.wait_until_healthy()
-            names = adapter_names(server)
-            warm_up(server, names)
-            for round_ in range(1, options.rounds + 1):
-                doing(f"{system.name}: round {round_}")
-                yield system, round_, _profile_batch(options, server, names, round_)
-        finally:
-            server.stop()
+def _make_ready(_: str, server: Server) -> tuple[Server, list[str]]:
+    """With its adapters, each in a slot."""
+    names = adapter_names(server)
+    warm_up(server, names)
+    return server, names
 
 
-def _profile_batch(
-    options: CollectivesOptions, server: Server, names: Sequence[str], round_: int
-) -> list[list[Forward]]:
-    """One batch of requests, each with an adapter of its own where there are any; the forwards by rank."""
-    vocabulary = range(3, 250)
-    prompts = [
-        [
-            vocabulary[(round_ * 131 + sequence * 17 + position * 7) % len(vocabulary)]
-            for position in range(options.input_len)
-        ]
-        for sequence in range(options.batch_size)
-    ]
+def _profile_batch(options: CollectivesOptions, server: Server, names: Sequence[str], round_: int) -> list[Forward]:
+    """The forwards of all ranks for one batch of requests, each with an adapter of its own where there are any."""
     with tempfile.TemporaryDirectory() as folder:
         activities = ["CPU", "GPU"] if backend() == "nccl" else ["CPU"]
         profiler = {"output_dir": folder, "activities": activities, "record_shapes": True, "with_stack": False}
         send("POST", f"{server.url}/start_profile", json=profiler)
         request: dict[str, object] = {
-            "input_ids": prompts,
+            "input_ids": Prompts(_VOCABULARY, options.input_len, options.seed + round_).take(options.batch_size),
             "sampling_params": {"temperature": 0, "max_new_tokens": options.decode_steps + 1, "ignore_eos": True},
         }
         if names:
-            request["lora_path"] = [names[i % len(names)] for i in range(options.batch_size)]
+            request["lora_path"] = names
         send("POST", f"{server.url}/generate", json=request)
         send("POST", f"{server.url}/stop_profile")
-        traces = read_traces(Path(folder))
-    return [forwards(traces[rank]) for rank in sorted(traces)]
-
-
-def _flags(options: CollectivesOptions, system: ServedSystem) -> list[str]:
-    flags = ["--model", options.model, "--tp", str(options.tp), "--dtype", options.dtype, *system.flags]
-    adapter = _adapter(options, system)
-    if adapter is not None:
-        flags += adapter_flags(adapter, options.batch_size)
-    return [*flags, *options.server_flags]
-
-
-def _adapter(options: CollectivesOptions, system: ServedSystem) -> MadeAdapter | None:
-    shape = system.adapter(options.rank, options.tp)
-    return None if shape is None else matched_adapter(options.work, options.model, shape, options.seed)
+        return [forward for events in read_traces(Path(folder)).values() for forward in forwards(events)]
 
 
 def _same_in_all(alike: Sequence[Forward], system: ServedSystem, phase: str) -> Counter[Collective]:
@@ -170,53 +165,34 @@ def _same_in_all(alike: Sequence[Forward], system: ServedSystem, phase: str) -> 
     return alike[0].collectives
 
 
-def _point(options: CollectivesOptions, phase: str) -> dict[str, Value]:
-    tokens = options.batch_size * (options.input_len if phase == "prefill" else 1)
-    return {"phase": phase, "tokens": tokens, "rank": options.rank, "tp": options.tp}
-
-
-def _count_samples(
-    options: CollectivesOptions, system: str, phase: str, round_: int, collectives: Counter[Collective]
+def _samples(
+    options: CollectivesOptions, system: str, phase: str, round_: int, alike: Sequence[Forward]
 ) -> Iterator[Sample]:
+    """Counts by operation; and times, medians over the ranks and forwards, whose parts are shares of the median."""
+    point: Point = {"phase": phase, "tokens": options.tokens(phase), "rank": options.rank, "tp": options.tp}
     for operation in ("all_reduce", "all_gather"):
-        own = {collective: count for collective, count in collectives.items() if collective.operation == operation}
+        own = {each: count for each, count in alike[0].collectives.items() if each.operation == operation}
         metrics: dict[str, float] = {"collectives_per_forward": sum(own.values())}
         if all(collective.shape is not None for collective in own):
             traffic = sum(traffic_elements(collective, options.tp) * count for collective, count in own.items())
-            metrics["bytes_per_forward"] = traffic * _ITEM_BYTES[options.dtype]
-        point = {**_point(options, phase), "operation": operation}
-        yield Sample(system=system, point=point, round=round_, metrics=metrics)
-
-
-def _time_sample(options: CollectivesOptions, system: str, phase: str, round_: int, alike: Sequence[Forward]) -> Sample:
-    """Medians over the ranks and forwards of one round; the parts are shares of the median forward."""
-    milliseconds = statistics.median(forward.milliseconds for forward in alike)
+            metrics["bytes_per_forward"] = traffic * ITEM_BYTES[options.dtype]
+        yield Sample(system=system, point={**point, "operation": operation}, round=round_, metrics=metrics)
+    median = statistics.median(forward.milliseconds for forward in alike)
     total = sum(forward.milliseconds for forward in alike)
-    shares = {part: sum(forward.parts[part] for forward in alike) / total for part in PARTS}
-    return Sample(
-        system=system,
-        point=_point(options, phase),
-        round=round_,
-        metrics={
-            "forward_ms": milliseconds,
-            **{f"breakdown_{part}_ms": share * milliseconds for part, share in shares.items()},
-        },
-    )
+    parts = {f"breakdown_{part}_ms": median * sum(f.parts[part] for f in alike) / total for part in PARTS}
+    yield Sample(system=system, point=point, round=round_, metrics={"forward_ms": median, **parts})
 
 
 def _time_samples(
     options: CollectivesOptions, per_forward: Mapping[tuple[str, str], Counter[Collective]]
 ) -> list[Sample]:
     seen = {
-        Message(collective.operation, collective.elements * _ITEM_BYTES[options.dtype])
+        Message(collective.operation, collective.elements * ITEM_BYTES[options.dtype])
         for collectives in per_forward.values()
         for collective in collectives
         if collective.shape is not None
     }
     curve = {Message(operation, size) for operation in ("all_reduce", "all_gather") for size in _CURVE}
-    messages = sorted(seen | curve, key=lambda message: (message.operation, message.num_bytes))
-    if options.tp == 1:
-        return []
     return [
         Sample(
             system=timing.message.operation,
@@ -224,24 +200,22 @@ def _time_samples(
             round=timing.round,
             metrics={"time_us": timing.microseconds},
         )
-        for timing in time_collectives(messages, options.tp, options.rounds, options.seed)
+        for timing in time_collectives(sorted(seen | curve), options.tp, options.rounds, options.seed)
     ]
 
 
 def _notes(options: CollectivesOptions, per_forward: Mapping[tuple[str, str], Counter[Collective]]) -> Iterator[str]:
-    num_layers = _num_layers(options.model)
-    for system in options.systems:
+    num_layers = shape_of(options.model).layers
+    for system, phase in product(options.systems, PHASES):
         shape = system.adapter(options.rank, options.tp)
-        for phase in ("prefill", "decode"):
-            base = per_forward.get(("base", phase))
-            if shape is None or base is None:
-                continue
-            tokens = options.batch_size * (options.input_len if phase == "prefill" else 1)
-            sharded = system.name == "lora-fully-sharded"
-            expected = added_by_lora(sharded, Batch(tokens, shape.rank), num_layers, options.tp)
-            added = per_forward[system.name, phase] - base
-            verdict = "as the formula says" if agree(added, expected) else f"but the formula says {expected.total()}"
-            yield f"{system.label}, {phase}: LoRA adds {added.total()} collectives to the base model's, {verdict}."
+        found, base = (per_forward.get((name, phase)) for name in (system.name, "base"))
+        if shape is None or found is None or base is None:
+            continue
+        sharded = system.name == "lora-fully-sharded"
+        expected = added_by_lora(sharded, options.tokens(phase), shape.rank, num_layers, options.tp)
+        added = found - base
+        verdict = "as the formula says" if agree(added, expected) else f"but the formula says {expected.total()}"
+        yield f"{system.label}, {phase}: LoRA adds {added.total()} collectives to the base model's, {verdict}."
     yield (
         "Times of forwards were taken under the profiler, which slows small operations down, one system after the "
         "other: they show where time goes, and `bdlora perf serve` compares systems. Bytes are what a rank receives in "
@@ -249,12 +223,6 @@ def _notes(options: CollectivesOptions, per_forward: Mapping[tuple[str, str], Co
     )
     if backend() != "nccl":
         yield f"{backend()} on a CPU is not NVLink: these times say nothing about a GPU's collectives."
-
-
-def _num_layers(model: str) -> int:
-    from transformers import AutoConfig
-
-    return int(AutoConfig.from_pretrained(model).get_text_config().num_hidden_layers)
 
 
 def _settings(options: CollectivesOptions) -> dict[str, Value]:

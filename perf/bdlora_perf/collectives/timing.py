@@ -27,7 +27,7 @@ _WARMUPS = 3
 _REPETITIONS = 15
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Message:
     """A collective to time: ``num_bytes`` is what one rank puts in."""
 

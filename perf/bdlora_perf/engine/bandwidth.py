@@ -8,6 +8,8 @@ import torch
 
 from bdlora_perf.estimate.model_shape import SHAPES, ModelShape, load_shape
 
+# Of the types that a base model is served in.
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # More than any cache holds.
 _COPY_BYTES = 2**29
 _REPETITIONS = 7

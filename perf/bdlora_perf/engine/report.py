@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from bdlora_perf.engine.bandwidth import step_bytes
-from bdlora_perf.engine.plan import BASE, LORA, Contender, EngineOptions, common_flags
+from bdlora_perf.engine.beside import LORA, Contender
+from bdlora_perf.engine.plan import BASE, EngineOptions
 from bdlora_perf.report.run import Run
 from bdlora_perf.report.schema import Metric, Report, System, Value
 
@@ -65,10 +66,10 @@ def _settings(options: EngineOptions, measured: EngineRun) -> dict[str, Value]:
 
 
 def _details(options: EngineOptions, contender: Contender, measured: EngineRun) -> dict[str, Value]:
-    details: dict[str, Value] = {"checkout": str(options.before) if contender.before else "this one"}
+    details: dict[str, Value] = {"checkout": options.checkout(contender)}
     if contender.has_adapters:
         details |= {"rank": (LORA.rank_factor or 1) * options.rank, "blocks": "one a TP rank"}
-    details["flags"] = " ".join([*common_flags(options), *options.server_flags])
+    details["flags"] = " ".join([*options.common_flags, *options.server_flags])
     for (before, tp), cores in measured.cores.items():
         if before == contender.before:
             details[f"ranks at tp {tp}"] = cores

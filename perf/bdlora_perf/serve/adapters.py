@@ -111,14 +111,14 @@ def adapter_names_of(count: int) -> list[str]:
     return [f"adapter-{i}" for i in range(count)]
 
 
-def adapter_flags(adapter: MadeAdapter, count: int) -> list[str]:
-    """``--adapters`` for ``count`` adapters, and a slot for each.
+def adapter_flags(adapter: MadeAdapter, count: int, slots: int) -> list[str]:
+    """``--adapters`` for ``count`` adapters, and ``slots`` for them.
 
     They share one folder: the time a server takes does not depend on the values, and it holds every name in a slot of
     its own.
     """
     flags = [word for name in adapter_names_of(count) for word in ("--adapters", f"{name}={adapter.folder}")]
-    return [*flags, "--max-loras-per-batch", str(count)]
+    return [*flags, "--max-loras-per-batch", str(slots)]
 
 
 def _count_parameters(weights: Path) -> int:

@@ -8,7 +8,6 @@ from bdlora_perf.engine.bandwidth import shape_of
 from bdlora_perf.report.schema import Value
 from bdlora_perf.serve.adapters import MadeAdapter
 from bdlora_perf.serve.load import Api
-from bdlora_perf.serve.run import Watcher
 from bdlora_perf.serve.systems import AdapterShape, ServedSystem
 from bdlora_perf.serve.workload import Workload
 
@@ -69,6 +68,11 @@ class ServeOptions:
         return [*(system.name for system in self.systems), *self.urls]
 
     @property
+    def ranks(self) -> list[int]:
+        """Of plain LoRA."""
+        return list(dict.fromkeys(workload.rank for workload in self.workloads))
+
+    @property
     def num_turns(self) -> int:
         return len(self.workloads) * self.rounds * len(self.names)
 
@@ -115,7 +119,11 @@ class Benchmark:
     """What is known of a sweep so far: adapters by shape, what each system runs, and the API that all are asked by."""
 
     options: ServeOptions
-    watcher: Watcher
     adapters: dict[AdapterShape, MadeAdapter] = field(default_factory=dict)
     runs: dict[str, Mapping[str, Value]] = field(default_factory=dict)
     api: Api | None = None
+
+    def adapter(self, system: ServedSystem, rank: int) -> MadeAdapter | None:
+        """What a system serves where plain LoRA has this rank; None for the base model."""
+        shape = self.options.shape(system, rank)
+        return None if shape is None else self.adapters[shape]

@@ -48,8 +48,7 @@ def _settings(state: Benchmark) -> dict[str, Value]:
     zipf = {workload.alpha for workload in options.workloads if workload.distribution == "zipf"}
     started: dict[str, Value] = {}
     if options.systems:
-        ranks = dict.fromkeys(workload.rank for workload in options.workloads)
-        started = {"model": options.model, "tp": options.tp, "rank r": ", ".join(map(str, ranks))}
+        started = {"model": options.model, "tp": options.tp, "rank r": ", ".join(map(str, options.ranks))}
         if options.one_rank_of > 1:
             started["one rank of"] = f"{options.whole_model} at TP {options.one_rank_of}, without collectives"
         up = f"one at a time, for {options.rounds_a_start} rounds" if options.rounds_a_start > 1 else "one at a time"
@@ -76,14 +75,14 @@ def _details(state: Benchmark, system: ServedSystem) -> dict[str, Value]:
     details["flags"] = " ".join(system.flags if system.engine == "vllm" else [*options.common_flags, *system.flags])
     if options.server_flags and system.engine == "bdlora":
         details["flags"] = f"{details['flags']} {' '.join(options.server_flags)}"
-    for r in dict.fromkeys(workload.rank for workload in options.workloads):
-        shape = options.shape(system, r)
-        if shape is None:
-            continue
-        made, plain = state.adapters[shape], state.adapters[AdapterShape(r, None)]
-        details[f"r={r}: rank"] = shape.rank
-        details[f"r={r}: blocks"] = shape.nblocks or 1
-        details[f"r={r}: parameters"] = made.parameters
-        details[f"r={r}: parameters over LoRA's"] = round(made.parameters / plain.parameters, 3)
-        details[f"r={r}: bytes"] = made.num_bytes
+    for r in options.ranks:
+        if (made := state.adapter(system, r)) is not None:
+            plain = state.adapters[AdapterShape(r, None)]
+            details |= {
+                f"r={r}: rank": made.shape.rank,
+                f"r={r}: blocks": made.shape.nblocks or 1,
+                f"r={r}: parameters": made.parameters,
+                f"r={r}: parameters over LoRA's": round(made.parameters / plain.parameters, 3),
+                f"r={r}: bytes": made.num_bytes,
+            }
     return details

@@ -1,16 +1,17 @@
 """The order of the runs, and the runs."""
 
 import random
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from typing import Protocol
 
-from bdlora_perf.report.schema import Failure, Sample, Value
-from bdlora_perf.serve.load import Request, Target, make_requests, run_load
+from bdlora_perf.report.schema import Failure, Point, Sample, Value
+from bdlora_perf.serve.contenders import Contender, Given, Ready
+from bdlora_perf.serve.load import Api, Request, make_requests, run_load
 from bdlora_perf.serve.metrics import run_metrics
-from bdlora_perf.serve.servers import Server, failure_of
+from bdlora_perf.serve.servers import Server, failure_of, servers_up
 from bdlora_perf.serve.workload import Workload
 from bdlora_sglang.errors import BDLoRAError
 
@@ -91,28 +92,10 @@ class Watcher(Protocol):
 
 
 @dataclass(frozen=True)
-class Ready:
-    """A server that answers, how it is asked, what runs on it, and what it holds."""
-
-    server: Server
-    target: Target
-    adapters: Sequence[str]
-    runs: Mapping[str, Value]
-    memory: Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class Contender:
-    """How a system's server comes about: ``start`` for adapters, slots and a rank, ``inspect`` when it answers."""
-
-    start: Callable[[int, int, int], Server]
-    inspect: Callable[[Server, Workload], Ready]
-    ours: bool = True
-
-
-@dataclass(frozen=True)
 class SweepRunner:
     """Runs turns on servers that it starts by ``contenders`` and stops again; ``runs`` is filled with what runs there.
+
+    ``api``: how all are asked; by default as each likes it best.
 
     ``find_rate``: of each point the highest rate within the ``bounds`` is looked for, in place of its own load.
     """
@@ -123,6 +106,7 @@ class SweepRunner:
     seed: int
     watcher: Watcher
     runs: dict[str, Mapping[str, Value]]
+    api: Api | None = None
 
     def run(self, batches: Sequence[Batch], done: Collection[object] = ()) -> Generator[Sample | Failure, None, None]:
         """Samples and failures as they come, but for the turns ``done``. Close the generator to stop the servers.
@@ -140,18 +124,16 @@ class SweepRunner:
             for _ in range(len(batch) - len(own)):
                 self.watcher.turn_is_over()
             systems = [n for n in dict.fromkeys(turn.system for turn in own) if (n, workload.deployment) not in lost]
-            with ExitStack() as stack:
-                # All are under way before the first is waited for.
-                servers = {name: self._start(name, workload, stack) for name in systems}
-                ready: dict[str, Ready] = {}
-                for name, server in servers.items():
-                    outcome = server if isinstance(server, Failure) else self._make_ready(name, server, workload)
-                    if isinstance(outcome, Failure):
-                        lost.add((name, workload.deployment))
-                        yield outcome
-                    else:
-                        ready[name] = outcome
-                        self._check_equal(name)
+            self.watcher.doing(f"starting {', '.join(systems)}")
+            starts = {name: partial(self.contenders[name].start, workload) for name in systems}
+            where: Point = {"adapters": workload.adapters, "slots": workload.slots}
+            with servers_up(starts, partial(self._make_ready, workload), where) as (ready, failures):
+                for failure in failures:
+                    lost.add((failure.system, workload.deployment))
+                    yield failure
+                for name, each in ready.items():
+                    self.runs[name] = each.runs
+                    self._check_equal(name)
                 for turn in own:
                     if turn.system in ready:
                         target = ready[turn.system]
@@ -161,36 +143,19 @@ class SweepRunner:
                             del ready[turn.system]
                     self.watcher.turn_is_over()
 
-    def _start(self, name: str, workload: Workload, stack: ExitStack) -> Server | Failure:
-        """A server that is under way; ``stack`` stops it."""
-        try:
-            server = self.contenders[name].start(*workload.deployment)
-        except BDLoRAError as error:
-            return failure_of(name, {}, error)
-        stack.callback(server.stop)
-        return server
-
-    def _make_ready(self, name: str, server: Server, workload: Workload) -> Ready | Failure:
-        self.watcher.doing(f"{name}: starting")
-        try:
-            server.wait_until_healthy()
-            ready = self.contenders[name].inspect(server, workload)
-            # Every adapter is loaded once, as far as there are slots.
-            names: Sequence[str | None] = ready.adapters or [None]
-            first = [Request([20, 30, 40, 50], 4, adapter) for adapter in names]
-            if errors := [
-                o.error for o in run_load(ready.target, first, 8, lambda: server.exit_code is None) if o.error
-            ]:
-                raise BDLoRAError(f"found {len(errors)} of {len(first)} first requests failed: {errors[0]}")
-        except BDLoRAError as error:
-            return failure_of(name, {"adapters": workload.adapters, "slots": workload.slots}, error, server)
-        self.runs[name] = ready.runs
+    def _make_ready(self, workload: Workload, name: str, server: Server) -> Ready:
+        """Every adapter is loaded once, as far as there are slots."""
+        ready = self.contenders[name].inspect(server, workload, self.api)
+        names: Sequence[str | None] = ready.adapters or [None]
+        first = [Request([20, 30, 40, 50], 4, adapter) for adapter in names]
+        if errors := [o.error for o in run_load(ready.target, first, 8, lambda: server.exit_code is None) if o.error]:
+            raise BDLoRAError(f"found {len(errors)} of {len(first)} first requests failed: {errors[0]}")
         return ready
 
     def _check_equal(self, name: str) -> None:
         """Raise `BDLoRAError` where what must be equal differs from another server that is started here."""
-        others = [other for other in self.runs if other != name and self.contenders[other].ours]
-        for other in others if self.contenders[name].ours else ():
+        started = [system for system in self.runs if not isinstance(self.contenders[system], Given)]
+        for other in set(started) - {name} if name in started else ():
             for what in EQUAL:
                 here, there = self.runs[name].get(what), self.runs[other].get(what)
                 if here is None or there is None or here == there:

@@ -2,9 +2,10 @@
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import requests
 
@@ -35,6 +36,10 @@ class Server(Protocol):
     def stop(self) -> None: ...
     def log_lines(self) -> list[str]: ...
     def log_tail(self) -> str: ...
+
+
+S = TypeVar("S", bound=Server)
+R = TypeVar("R")
 
 
 class RunningServer:
@@ -83,6 +88,42 @@ def start_server(
         {**(surroundings.environment if surroundings else os.environ), "TOKENIZERS_PARALLELISM": "false"},
         surroundings.folder if surroundings else None,
     )
+
+
+@contextmanager
+def servers_up(
+    starts: Mapping[str, Callable[[], S]], make_ready: Callable[[str, S], R], point: Point
+) -> Iterator[tuple[dict[str, R], list[Failure]]]:
+    """Servers that are up together: all are under way before the first is waited for, and are stopped at the end.
+
+    Yields:
+        What ``make_ready`` makes of each that answers, and a failure at ``point`` for each that does not start, does
+        not answer, or is refused there with a `BDLoRAError`.
+    """
+    servers: dict[str, S] = {}
+    ready: dict[str, R] = {}
+    failures: list[Failure] = []
+    with ExitStack() as stack:
+        for name, start in starts.items():
+            with kept_as_failure(failures.append, name, point):
+                servers[name] = start()
+                stack.callback(servers[name].stop)
+        for name, server in servers.items():
+            with kept_as_failure(failures.append, name, point, server):
+                server.wait_until_healthy()
+                ready[name] = make_ready(name, server)
+        yield ready, failures
+
+
+@contextmanager
+def kept_as_failure(
+    keep: Callable[[Failure], object], system: str, point: Point, server: Server | None = None
+) -> Iterator[None]:
+    """A `BDLoRAError` ends the context, and ``keep`` is given what `failure_of` makes of it."""
+    try:
+        yield
+    except BDLoRAError as error:
+        keep(failure_of(system, point, error, server))
 
 
 def failure_of(system: str, point: Point, error: BDLoRAError, server: Server | None = None) -> Failure:
@@ -147,12 +188,6 @@ def rank_cores(log: str) -> str:
     """Cores and threads of each rank as a server's log tells them, such as ``rank 0: cores 0-3, 4 threads``."""
     found = sorted({(int(rank or 0), cores) for rank, cores in _RANK_CORES.findall(log)})
     return "; ".join(f"rank {rank}: {cores}" for rank, cores in found)
-
-
-def server_info(server: Server) -> dict[str, Any]:
-    """SGLang's resolved settings."""
-    info: dict[str, Any] = send("GET", f"{server.url}/server_info").json()
-    return info
 
 
 def what_runs(info: Mapping[str, Any], log: str) -> dict[str, Value]:

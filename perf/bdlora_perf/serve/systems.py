@@ -95,33 +95,30 @@ BASELINES = (
     "base",
     "vllm-base",
 )
+
+
+def _bd_lora(name: str, label: str, rank_factor: int | None = None, param_ratio: float | None = None) -> ServedSystem:
+    return ServedSystem(
+        name, label, rank_factor, True, _COMMUNICATION_FREE, param_ratio=param_ratio, launches=_LAUNCHES
+    )
+
+
+def _plain(
+    name: str, label: str, flags: tuple[str, ...], collectives: str = "none", needs_gpu: bool = False
+) -> ServedSystem:
+    return ServedSystem(name, label, 1, flags=flags, needs_gpu=needs_gpu, launches=_LAUNCHES, collectives=collectives)
+
+
 SYSTEMS: dict[str, ServedSystem] = {
     system.name: system
     for system in (
         ServedSystem("base", "Base model, no LoRA", launches=0),
-        ServedSystem("bd-2r", "BD-LoRA, rank 2r", 2, True, _COMMUNICATION_FREE, launches=_LAUNCHES),
-        ServedSystem("bd-4r", "BD-LoRA, rank 4r", 4, True, _COMMUNICATION_FREE, launches=_LAUNCHES),
-        ServedSystem("lora", "LoRA, communication-free", 1, False, _COMMUNICATION_FREE, launches=_LAUNCHES),
-        ServedSystem(
-            "lora-fully-sharded",
-            "LoRA, fully sharded (S-LoRA)",
-            1,
-            flags=_FULLY_SHARDED,
-            launches=_LAUNCHES,
-            collectives=_S_LORA,
-        ),
-        ServedSystem(
-            "sglang-csgmv",
-            "LoRA, SGLang csgmv",
-            1,
-            flags=_CSGMV,
-            needs_gpu=True,
-            launches=_LAUNCHES,
-            collectives=_REDUCES,
-        ),
-        ServedSystem(
-            "sglang-triton-v2", "LoRA, SGLang triton_v2", 1, flags=_TRITON_V2, needs_gpu=True, launches=_LAUNCHES
-        ),
+        _bd_lora("bd-2r", "BD-LoRA, rank 2r", 2),
+        _bd_lora("bd-4r", "BD-LoRA, rank 4r", 4),
+        _plain("lora", "LoRA, communication-free", _COMMUNICATION_FREE),
+        _plain("lora-fully-sharded", "LoRA, fully sharded (S-LoRA)", _FULLY_SHARDED, _S_LORA),
+        _plain("sglang-csgmv", "LoRA, SGLang csgmv", _CSGMV, _REDUCES, needs_gpu=True),
+        _plain("sglang-triton-v2", "LoRA, SGLang triton_v2", _TRITON_V2, needs_gpu=True),
     )
 }
 VLLM_SYSTEMS = (
@@ -143,14 +140,7 @@ def matched_system(param_ratio: float) -> ServedSystem:
     if param_ratio <= 0:
         raise BDLoRAError(f"--param-ratio: found {param_ratio:g}, expected more than 0")
     label = f"BD-LoRA, {param_ratio:g}x LoRA's parameters"
-    return ServedSystem(
-        f"bd-{param_ratio:g}x",
-        label,
-        block_diagonal=True,
-        flags=_COMMUNICATION_FREE,
-        param_ratio=param_ratio,
-        launches=_LAUNCHES,
-    )
+    return _bd_lora(f"bd-{param_ratio:g}x", label, param_ratio=param_ratio)
 
 
 def choose_systems(names: Iterable[str], has_gpu: bool, param_ratios: Sequence[float] = ()) -> list[ServedSystem]:

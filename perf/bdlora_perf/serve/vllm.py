@@ -3,12 +3,18 @@
 import math
 import os
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bdlora_perf.engine.bandwidth import shape_of
 from bdlora_perf.report.schema import Value
-from bdlora_perf.serve.servers import make_folder
+from bdlora_perf.serve.adapters import adapter_names_of
+from bdlora_perf.serve.contenders import Ready
+from bdlora_perf.serve.load import Api
+from bdlora_perf.serve.options import Benchmark
+from bdlora_perf.serve.servers import Server, adapter_names, find_target, make_folder
+from bdlora_perf.serve.systems import ServedSystem
+from bdlora_perf.serve.workload import Workload
 from bdlora_perf.server_process import ServerProcess, free_port
 from bdlora_sglang.errors import BDLoRAError
 from bdlora_sglang.serving.cpu.cores import RankCores, physical_cores, share_out
@@ -25,83 +31,81 @@ _BACKEND = re.compile(r"Using (\w+) (?:attention )?backend|attention backend:? (
 
 @dataclass(frozen=True)
 class VLLM:
-    """How vLLM is started: ``environment`` is the folder of a virtual environment, ``max_len`` a request's tokens."""
+    """A system that vLLM serves, from the virtual environment that the options name.
 
-    environment: Path
-    model: str
-    tp: int
-    dtype: str
-    kv_tokens: int
-    kv_bytes: float
-    max_requests: int
-    max_len: int
-    has_gpu: bool
+    Raises:
+        BDLoRAError: the options name none, or vLLM is not in it.
+    """
 
-    def check(self) -> None:
-        """Raise `BDLoRAError` where vLLM is not there."""
-        if not self._command.is_file():
+    state: Benchmark
+    system: ServedSystem
+
+    def __post_init__(self) -> None:
+        if self.state.options.vllm_environment is None:
+            raise BDLoRAError("--start vllm: found no --vllm-environment, expected the folder of one with vLLM in it")
+        if not (self._bin / "vllm").is_file():
             raise BDLoRAError(
-                f"--vllm-environment {self.environment}: found no bin/vllm there, expected the folder of one with vLLM"
+                f"--vllm-environment {self._bin.parent}: found no bin/vllm there, expected the folder of one with vLLM"
             )
 
     @property
-    def _command(self) -> Path:
-        return self.environment / "bin" / "vllm"
+    def _bin(self) -> Path:
+        return Path(self.state.options.vllm_environment or "") / "bin"
 
-    def start(
-        self,
-        name: str,
-        flags: Sequence[str],
-        adapter: Path | None,
-        rank: int,
-        names: Sequence[str],
-        slots: int,
-        logs: Path,
-    ) -> ServerProcess:
-        """A server that is under way; every name stands for one ``adapter``."""
-        port = free_port()
-        words = [str(self._command), "serve", self.model, "--port", str(port), "--dtype", self.dtype]
+    def start(self, workload: Workload) -> ServerProcess:
+        """A server that is under way; every name stands for one adapter."""
+        options, made, port = self.state.options, self.state.adapter(self.system, workload.rank), free_port()
+        words = [str(self._bin / "vllm"), "serve", str(options.model), "--port", str(port), "--dtype", options.dtype]
         sizes = {
-            "--tensor-parallel-size": self.tp,
-            "--max-model-len": self.max_len,
-            "--max-num-seqs": self.max_requests,
+            "--tensor-parallel-size": options.tp,
+            # A request's tokens at most, and one.
+            "--max-model-len": 1 + max(each.kv_tokens // (each.concurrency or 256) for each in options.workloads),
+            "--max-num-seqs": options.max_requests,
             "--block-size": _BLOCK,
-            "--num-gpu-blocks-override": math.ceil(self.kv_tokens / _BLOCK),
+            "--num-gpu-blocks-override": math.ceil(options.kv_cache / _BLOCK),
         }
-        if adapter is not None:
-            allowed = next((allowed for allowed in _RANKS if allowed >= rank), rank)
-            sizes |= {"--max-loras": slots, "--max-cpu-loras": max(slots, len(names)), "--max-lora-rank": allowed}
-            flags = [*flags, "--enable-lora", "--lora-modules", *(f"{each}={adapter}" for each in names)]
+        flags = [*self.system.flags]
+        if made is not None:
+            allowed = next((allowed for allowed in _RANKS if allowed >= workload.rank), workload.rank)
+            held = max(workload.slots, workload.adapters)
+            sizes |= {"--max-loras": workload.slots, "--max-cpu-loras": held, "--max-lora-rank": allowed}
+            names = adapter_names_of(workload.adapters)
+            flags += ["--enable-lora", "--lora-modules", *(f"{name}={made.folder}" for name in names)]
         words += [word for flag, value in sizes.items() for word in (flag, str(value))]
-        words += ["--no-enable-prefix-caching", *flags]
-        log = make_folder(logs) / f"{name}.log"
-        return ServerProcess(words, f"http://127.0.0.1:{port}", log, self._environment())
+        log = make_folder(options.work / "logs") / f"{workload.server_name(self.system.name)}.log"
+        command = [*words, "--no-enable-prefix-caching", *flags]
+        return ServerProcess(command, f"http://127.0.0.1:{port}", log, self._environment())
 
     def _environment(self) -> dict[str, str]:
-        environment = {**os.environ, "PATH": f"{self.environment / 'bin'}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+        options = self.state.options
+        environment = {**os.environ, "PATH": f"{self._bin}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
         environment.pop("PYTHONPATH", None)
-        if not self.has_gpu:
+        if not options.has_gpu:
+            # float32 is twice what the shape counts.
+            kv_bytes = 2 * options.kv_cache * shape_of(str(options.model)).kv_bytes_per_token(options.tp)
             environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, share)) for share in self._cores())
-            environment["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, math.ceil(self.kv_bytes / 2**30)))
+            environment["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, math.ceil(kv_bytes / 2**30)))
         return environment
 
     def _cores(self) -> list[list[int]]:
         """As `bdlora launch` shares them out."""
-        return share_out(physical_cores(os.sched_getaffinity(0)), self.tp)
+        return share_out(physical_cores(os.sched_getaffinity(0)), self.state.options.tp)
 
-    def what_runs(self, log: str, slots: int | None) -> dict[str, Value]:
+    def inspect(self, server: Server, workload: Workload, api: Api | None) -> Ready:
         """By its log."""
+        options, log, names = self.state.options, "\n".join(server.log_lines()), adapter_names(server)
         version, blocks, eager, attention = (p.search(log) for p in (_VERSION, _KV_BLOCKS, _EAGER, _BACKEND))
         cores = "; ".join(f"rank {rank}: {RankCores(tuple(own), len(own))}" for rank, own in enumerate(self._cores()))
-        return {
+        runs: dict[str, Value] = {
             "engine": f"vLLM {version[1] if version else ''}".strip(),
-            "device": "cuda" if self.has_gpu else "cpu",
-            "dtype": self.dtype,
+            "device": "cuda" if options.has_gpu else "cpu",
+            "dtype": options.dtype,
             "attention": (attention[1] or attention[2]) if attention else None,
-            "LoRA kernels": None if slots is None else "vLLM's",
+            "LoRA kernels": "vLLM's" if names else None,
             "graphs": None if eager is None else "none" if eager[1] == "True" else "torch.compile",
-            "collectives": "vLLM's" if self.tp > 1 else "none",
+            "collectives": "vLLM's" if options.tp > 1 else "none",
             "KV cache (tokens)": int(blocks[1]) * _BLOCK if blocks else None,
-            "slots": slots,
-            "cores": None if self.has_gpu else cores,
+            "slots": workload.slots if names else None,
+            "cores": None if options.has_gpu else cores,
         }
+        return Ready(server, find_target(server, api), names, runs, {})

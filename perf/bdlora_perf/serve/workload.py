@@ -57,6 +57,10 @@ class Workload:
         """What a server must be started anew for: adapters, slots and rank."""
         return self.adapters, self.slots, self.rank
 
+    def server_name(self, system: str) -> str:
+        """Of such a server of a system, for its log."""
+        return f"{system}-a{self.adapters}-s{self.slots}-r{self.rank}"
+
     @property
     def kv_tokens(self) -> int:
         """Tokens in the KV cache when as many requests as there can be are at their longest (some, for arrivals)."""

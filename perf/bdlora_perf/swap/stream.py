@@ -5,8 +5,7 @@ import time
 from collections.abc import Sequence
 from itertools import pairwise
 
-import requests
-
+from bdlora_perf.serve.servers import send
 from bdlora_sglang.errors import BDLoRAError
 
 _FIRST_SECONDS = 60
@@ -17,16 +16,11 @@ class TokenStream:
 
     def __init__(self, url: str, prompt: Sequence[int], most_tokens: int) -> None:
         """Send it, and return when its first tokens have arrived; raises `BDLoRAError` when they do not."""
-        body = {
-            "input_ids": list(prompt),
-            "sampling_params": {"temperature": 0, "max_new_tokens": most_tokens, "ignore_eos": True},
-            "stream": True,
-        }
+        sampling = {"temperature": 0, "max_new_tokens": most_tokens, "ignore_eos": True}
+        body = {"input_ids": list(prompt), "sampling_params": sampling, "stream": True}
         self.times: list[float] = []
         self._started, self._stopped = threading.Event(), threading.Event()
-        self._response = requests.post(f"{url}/generate", json=body, stream=True, timeout=_FIRST_SECONDS)
-        if self._response.status_code != 200:
-            raise BDLoRAError(f"{url}: found status {self._response.status_code} ({self._response.text}), expected 200")
+        self._response = send("POST", f"{url}/generate", json=body, stream=True)
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
         if not self._started.wait(_FIRST_SECONDS):
@@ -40,10 +34,6 @@ class TokenStream:
                     self._started.set()
             if self._stopped.is_set():
                 break
-
-    @property
-    def has_ended(self) -> bool:
-        return not self._thread.is_alive()
 
     def stop(self) -> None:
         """End the request; the server sees that nobody listens."""

@@ -11,8 +11,9 @@ from safetensors import safe_open
 
 from bdlora_perf.engine.bandwidth import shape_of, step_bytes
 from bdlora_perf.engine.batch import Arrival, Prompts, StepTimes, measure_steps, step_times
+from bdlora_perf.engine.beside import turns
 from bdlora_perf.engine.measure import bandwidth_gbs
-from bdlora_perf.engine.plan import EngineOptions, turns
+from bdlora_perf.engine.plan import CONTENDERS
 from bdlora_perf.serve.servers import rank_cores
 from bdlora_perf.synthetic import make_model
 from bdlora_sglang.errors import BDLoRAError
@@ -96,26 +97,16 @@ def test_no_prompt_comes_twice() -> None:
     assert Prompts(512, 4, 1).take(2) == [list(prompt) for prompt in taken[:2]]
 
 
-def plan(folder: Path, before: Path | None) -> EngineOptions:
-    shape = shape_of(str(make_model(folder)))
-    return EngineOptions(str(folder), shape, [1], ["float32"], [1, 8], 4, 8, 16, 8, 4, 0, before, (), folder, "")
-
-
-def test_each_system_goes_first_as_often_as_the_others(tmp_path: Path) -> None:
-    options = plan(tmp_path, tmp_path)
-    found = list(turns(options))
-    assert len(found) == len(set(found)) == options.num_turns == 4 * 2 * 4
+def test_each_system_goes_first_as_often_as_the_others() -> None:
+    found = list(turns(CONTENDERS, [1, 8], 4))
+    assert len(found) == len(set(found)) == 4 * 2 * 4
     names = ["base", "bd-2r", "base-before", "bd-2r-before"]
     first = Counter[str]()
-    for _, neighbours in groupby(found, key=lambda turn: (turn.round, turn.requests)):
+    for _, neighbours in groupby(found, key=lambda turn: (turn.round, turn.size)):
         order = [turn.contender.name for turn in neighbours]
         assert sorted(order) == sorted(names)
         first[order[0]] += 1
     assert first == dict.fromkeys(names, 2)
-
-
-def test_without_another_checkout_there_are_two_systems(tmp_path: Path) -> None:
-    assert [contender.name for contender in plan(tmp_path, None).contenders] == ["base", "bd-2r"]
 
 
 def test_cores_are_those_that_the_log_tells() -> None:

@@ -4,7 +4,7 @@ from collections import Counter
 from typing import Any
 
 from bdlora_perf.collectives.count import Collective, collectives
-from bdlora_perf.collectives.formulas import Batch, added_by_lora, agree
+from bdlora_perf.collectives.formulas import added_by_lora, agree
 from bdlora_perf.collectives.forwards import forwards
 
 
@@ -30,7 +30,7 @@ def test_an_operation_inside_another_counts_once() -> None:
 
 
 def test_replayed_graphs_are_held_to_the_formula_by_kind() -> None:
-    expected = added_by_lora(True, Batch(4, 16), 3, 2)
+    expected = added_by_lora(True, 4, 16, 3, 2)
     assert agree(expected, expected)
     assert not agree(expected - Counter({Collective("all_reduce", (4, 16)): 1}), expected)
     replayed = Counter({Collective("all_gather", None): 6, Collective("all_reduce", None): 6})

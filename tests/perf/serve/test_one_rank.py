@@ -75,9 +75,8 @@ def test_whatever_it_generates_has_a_text(tmp_path: Path) -> None:
 def test_the_report_says_what_is_left_out() -> None:
     from bdlora_perf.report.run import Run
     from bdlora_perf.serve.options import Benchmark
-    from tests.perf.serve.test_refusals import Silent
 
-    state = Benchmark(options("rank", "llama-3.1-70b", 8, ["base"]), Silent())
+    state = Benchmark(options("rank", "llama-3.1-70b", 8, ["base"]))
     report = make_report(state, Run("", 0))
     assert report.settings["one rank of"] == "llama-3.1-70b at TP 8, without collectives"
     assert report.settings["order of the systems"] == "as listed"

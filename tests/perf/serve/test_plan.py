@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bdlora_perf.collectives.count import Collective
-from bdlora_perf.collectives.formulas import Batch, added_by_lora
+from bdlora_perf.collectives.formulas import added_by_lora
 from bdlora_perf.estimate.model_shape import load_shape
 from bdlora_perf.serve.load import Outcome, make_requests
 from bdlora_perf.serve.metrics import run_metrics
@@ -85,7 +85,7 @@ def test_what_lora_adds_to_a_layer() -> None:
         if name == "sglang-csgmv":  # o's and down's shrink outputs, beside the layers' own
             added[Collective("all_reduce", None)] = 2
         elif shape is not None:
-            added = added_by_lora(name == "lora-fully-sharded", Batch(4, shape.rank), 1, 8)
+            added = added_by_lora(name == "lora-fully-sharded", 4, shape.rank, 1, 8)
         counts = Counter(collective.operation for collective in added.elements())
         words = [f"{count} {operation.replace('_', '-')}s" for operation, count in sorted(counts.items())]
         assert system.collectives == (", ".join(words) or "none"), name

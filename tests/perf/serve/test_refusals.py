@@ -14,9 +14,11 @@ from bdlora_cli.perf_serve import serve
 from bdlora_perf.report.schema import Failure
 from bdlora_perf.serve.adapters import matched_adapter, synthetic_model
 from bdlora_perf.serve.benchmark import run_benchmark
+from bdlora_perf.serve.contenders import Contender, Given, Ours
 from bdlora_perf.serve.options import ServeOptions
 from bdlora_perf.serve.report import main_baseline_failures
-from bdlora_perf.serve.run import Contender, SweepRunner, schedule
+from bdlora_perf.serve.run import SweepRunner, schedule
+from bdlora_perf.serve.servers import RunningServer
 from bdlora_perf.serve.systems import SYSTEMS
 from bdlora_perf.serve.workload import Sweep
 from bdlora_sglang.errors import BDLoRAError
@@ -92,7 +94,8 @@ def test_server_that_is_down(tmp_path: Path) -> None:
 def test_servers_that_differ_are_refused() -> None:
     """Of those that are started here; what a server at a URL does not say is not known."""
     same = {"device": "cpu", "dtype": "float32", "KV cache (tokens)": 8192, "slots": 8, "cores": "rank 0: cores 0"}
-    contenders = {name: Contender(None, None, ours=name != "url") for name in ("a", "b", "url")}  # type: ignore[arg-type]
+    ours = Ours(None, SYSTEMS["base"])  # type: ignore[arg-type]
+    contenders: dict[str, Contender] = {"a": ours, "b": ours, "url": Given(RunningServer("url", ""), [])}
 
     def check(**other: object) -> None:
         SweepRunner(contenders, {}, False, 0, Silent(), {"a": same, "b": {**same, **other}, "url": {}})._check_equal(

@@ -1,6 +1,7 @@
 """The command on a real server, and the little that it works out itself."""
 
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import typer
 from typer.testing import CliRunner
 
 from bdlora_cli.perf_swap import swap
+from bdlora_perf.engine.beside import turns
 from bdlora_perf.report.schema import load_report
-from bdlora_perf.swap.plan import SwapOptions, turns
+from bdlora_perf.swap.measure import SwapOptions
 from bdlora_perf.swap.stream import TokenStream, longest_gap_ms
 from bdlora_sglang.errors import BDLoRAError
 
@@ -83,7 +85,8 @@ def test_systems_take_turns() -> None:
         work=Path(),
         command="",
     )
-    order = [(turn.round, turn.rank, turn.system) for turn in turns(options)]
-    assert len(order) == options.num_turns == 8
-    assert [system for _, _, system in order[:4]] == ["before", "now", "now", "before"]
-    assert [system for _, _, system in order[4:]] == ["now", "before", "before", "now"]
+    order = [(turn.round, turn.size, turn.contender.name) for turn in turns(options.contenders, options.ranks, 2)]
+    assert len(order) == 8
+    assert [system for _, _, system in order[:4]] == ["now", "before", "before", "now"]
+    assert [system for _, _, system in order[4:]] == ["before", "now", "now", "before"]
+    assert [contender.name for contender in replace(options, before=None).contenders] == ["now"]
