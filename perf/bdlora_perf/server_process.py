@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any, BinaryIO
+from typing import Any
 
 import requests
 
@@ -71,13 +71,6 @@ def terminated_as_interrupted(
             signal.signal(number, old)
 
 
-def _opened(log: Path) -> BinaryIO:
-    try:
-        return log.open("wb")
-    except OSError as error:
-        raise BDLoRAError(f"{log}: found {error.strerror}, expected a file that can be written") from error
-
-
 class ServerProcess:
     """A server that is under way at ``url`` and prints to the file ``log``."""
 
@@ -95,7 +88,11 @@ class ServerProcess:
             BDLoRAError: the log cannot be written.
         """
         self.url, self.log = url, log
-        with _opened(log) as file:
+        try:
+            file = log.open("wb")
+        except OSError as error:
+            raise BDLoRAError(f"{log}: found {error.strerror}, expected a file that can be written") from error
+        with file:
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,

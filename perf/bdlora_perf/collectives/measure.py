@@ -195,12 +195,14 @@ def _time_samples(
     curve = {Message(operation, size) for operation in ("all_reduce", "all_gather") for size in _CURVE}
     return [
         Sample(
-            system=timing.message.operation,
-            point={"bytes": timing.message.num_bytes, "tp": options.tp},
-            round=timing.round,
-            metrics={"time_us": timing.microseconds},
+            system=message.operation,
+            point={"bytes": message.num_bytes, "tp": options.tp},
+            round=round_,
+            metrics={"time_us": microseconds},
         )
-        for timing in time_collectives(sorted(seen | curve), options.tp, options.rounds, options.seed)
+        for message, round_, microseconds in time_collectives(
+            sorted(seen | curve), options.tp, options.rounds, options.seed
+        )
     ]
 
 

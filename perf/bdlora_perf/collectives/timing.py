@@ -35,22 +35,18 @@ class Message:
     num_bytes: int
 
 
-@dataclass(frozen=True)
-class Timing:
-    """The median of some repetitions in one round, on the slowest rank."""
-
-    message: Message
-    round: int
-    microseconds: float
-
-
 def backend() -> str:
     """The backend that the engine's ranks use on this machine."""
     return "nccl" if torch.cuda.is_available() else BACKEND
 
 
-def time_collectives(messages: Sequence[Message], num_ranks: int, rounds: int, seed: int) -> list[Timing]:
-    """Every message in every round, in an order that differs from round to round.
+def time_collectives(
+    messages: Sequence[Message], num_ranks: int, rounds: int, seed: int
+) -> list[tuple[Message, int, float]]:
+    """Every message in every round (from 1), in an order that differs from round to round.
+
+    Returns:
+        Message, round, and microseconds: the median of some repetitions, on the slowest rank.
 
     Raises:
         RuntimeError: a rank failed; there are fewer GPUs than ranks, for one.
@@ -59,11 +55,9 @@ def time_collectives(messages: Sequence[Message], num_ranks: int, rounds: int, s
         # One rank a process, as in a server; the ranks meet through a file, so that no port is needed.
         arguments = (num_ranks, list(messages), rounds, seed, folder)
         spawn(_run_rank, arguments, nprocs=num_ranks)  # type: ignore[no-untyped-call]
-        medians = [json.loads((Path(folder) / f"rank{rank}.json").read_text()) for rank in range(num_ranks)]
-    return [
-        Timing(Message(operation, num_bytes), round_, max(rank[i][3] for rank in medians))
-        for i, (operation, num_bytes, round_, _) in enumerate(medians[0])
-    ]
+        by_rank = [json.loads((Path(folder) / f"rank{rank}.json").read_text()) for rank in range(num_ranks)]
+    alike = zip(*by_rank, strict=True)
+    return [(Message(*rows[0][:2]), rows[0][2], max(median for *_, median in rows)) for rows in alike]
 
 
 def _run_rank(rank: int, num_ranks: int, messages: list[Message], rounds: int, seed: int, folder: str) -> None:

@@ -8,6 +8,8 @@ from typing import Literal
 
 Phase = Literal["decode", "prefill"]
 Distribution = Literal["distinct", "uniform", "skewed", "identical"]
+# Tokens and adapters of each.
+Batches = list[tuple[int, int]]
 
 HEAD_SIZE, KV_HEADS = 128, 8
 # Hidden size, intermediate size, layers. The tiny one is for the interpreter.
@@ -114,12 +116,7 @@ def _ordered() -> Iterator[Case]:
 
 
 def _cases(
-    model: str,
-    tp: int,
-    phase: Phase,
-    batches: list[tuple[int, int]],
-    distributions: list[Distribution],
-    ranks: list[int],
+    model: str, tp: int, phase: Phase, batches: Batches, distributions: list[Distribution], ranks: list[int]
 ) -> Iterator[Case]:
     for rank, distribution, (tokens, adapters), layer in itertools.product(ranks, distributions, batches, LAYERS):
         yield Case(model, tp, layer, phase, tokens, adapters, distribution, rank)

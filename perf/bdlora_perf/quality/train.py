@@ -59,8 +59,9 @@ class Trainer:
         """Raises `BDLoRAError` where transformers cannot load the folder's model and tokenizer."""
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        folder, device = options.model, torch.device(options.device)
+        folder = options.model
         try:
+            device = torch.device(options.device)
             tokenizer = AutoTokenizer.from_pretrained(folder)
             base: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[options.plan.dtype])
             base = base.to(device)

@@ -225,6 +225,7 @@ def test_every_plot_of_a_page_is_a_file_and_back(folders: Mapping[str, Path]) ->
         "engine": {"speed-up", "decode", "prefill", "bandwidth"},
         "swap": {"speed-up", "latency", "gap", "prepare"},
         "quality": {"perplexity", "accuracy", "speed", "conversion", "initial-values"},
+        "convert": {"speed-up", "time", "rate", "memory"},
     }
     for kind, folder in folders.items():
         shown = re.findall(r"\]\(plots/(.*)\.svg\)", (folder / "report.md").read_text())
